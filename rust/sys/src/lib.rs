@@ -1,1 +1,31 @@
+//! Kernel calls as safe typed functions. The only crate of torpor with `unsafe`.
+//!
+//! It knows processes, memory and descriptors; it knows nothing of images or containers.
+//! Addresses inside another process are plain `u64` ([`RemoteAddr`]), never pointers.
 
+pub mod cgroup;
+pub mod error;
+pub mod fd;
+pub mod fork;
+pub mod kcmp;
+pub mod mem;
+pub mod namespace;
+pub mod pagemap;
+pub mod pidfd;
+pub mod probe;
+pub mod proc;
+pub mod ptrace;
+pub mod remote;
+pub mod socket;
+pub mod wait;
+
+pub use error::{Error, Result};
+
+/// A process or thread id as the tracer's pid namespace numbers it.
+pub type Pid = i32;
+
+/// An address in another process.
+pub type RemoteAddr = u64;
+
+/// The page size of the only architecture supported so far.
+pub const PAGE_SIZE: u64 = 4096;

@@ -1,0 +1,163 @@
+//! Which pages of a process hold data: PAGEMAP_SCAN (kernel 6.7), else /proc/PID/pagemap.
+
+use std::fs::File;
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::FileExt;
+
+use crate::error::{Error, Result, check};
+use crate::{PAGE_SIZE, Pid};
+
+const FILE: u64 = 1 << 2;
+const PRESENT: u64 = 1 << 3;
+const SWAPPED: u64 = 1 << 4;
+const PFNZERO: u64 = 1 << 5;
+
+/// `_IOWR('f', 16, struct pm_scan_arg)`.
+const PAGEMAP_SCAN: libc::c_ulong = 0xc060_6610;
+
+#[repr(C)]
+#[derive(Default)]
+struct ScanArg {
+    size: u64,
+    flags: u64,
+    start: u64,
+    end: u64,
+    walk_end: u64,
+    vec: u64,
+    vec_len: u64,
+    max_pages: u64,
+    category_inverted: u64,
+    category_mask: u64,
+    category_anyof_mask: u64,
+    return_mask: u64,
+}
+
+#[repr(C)]
+#[derive(Default, Clone, Copy)]
+struct Region {
+    start: u64,
+    end: u64,
+    categories: u64,
+}
+
+/// The page map of one process.
+#[derive(Debug)]
+pub struct Pagemap {
+    pid: Pid,
+    file: File,
+    can_scan: bool,
+}
+
+impl Pagemap {
+    /// Opens it.
+    pub fn open(pid: Pid) -> Result<Pagemap> {
+        let path = format!("/proc/{pid}/pagemap");
+        let file = File::open(&path).map_err(|e| Error::io("open", &path, &e))?;
+        let mut map = Pagemap { pid, file, can_scan: true };
+        map.can_scan = map.scan(0, PAGE_SIZE, &mut Vec::new()).is_ok();
+        Ok(map)
+    }
+
+    /// The ranges of [start, end) whose pages belong to the process alone and hold data: present or swapped
+    /// out, not the zero page, not a page of a file. Adjacent ranges come as one. `out` is appended to.
+    pub fn private_data(&self, start: u64, end: u64, out: &mut Vec<(u64, u64)>) -> Result<()> {
+        if self.can_scan { self.scan(start, end, out) } else { self.walk(start, end, out) }
+    }
+
+    fn scan(&self, start: u64, end: u64, out: &mut Vec<(u64, u64)>) -> Result<()> {
+        let mut regions = [Region::default(); 512];
+        let mut at = start;
+        while at < end {
+            let mut arg = ScanArg {
+                size: size_of::<ScanArg>() as u64,
+                start: at,
+                end,
+                vec: regions.as_mut_ptr() as u64,
+                vec_len: regions.len() as u64,
+                category_inverted: FILE | PFNZERO,
+                category_mask: FILE | PFNZERO,
+                category_anyof_mask: PRESENT | SWAPPED,
+                return_mask: PRESENT | SWAPPED,
+                ..ScanArg::default()
+            };
+            // SAFETY: arg and regions are valid for the kernel to fill.
+            let ret = unsafe { libc::ioctl(self.file.as_raw_fd(), PAGEMAP_SCAN, &raw mut arg) };
+            let count = check(ret.into(), "PAGEMAP_SCAN", self.pid)? as usize;
+            for r in &regions[..count] {
+                append(out, r.start, r.end);
+            }
+            at = arg.walk_end;
+        }
+        Ok(())
+    }
+
+    fn walk(&self, start: u64, end: u64, out: &mut Vec<(u64, u64)>) -> Result<()> {
+        const BLOCK: u64 = 4096;
+        let mut entries = vec![0u8; (BLOCK * 8) as usize];
+        let mut at = start;
+        while at < end {
+            let count = BLOCK.min((end - at) / PAGE_SIZE);
+            let bytes = &mut entries[..(count * 8) as usize];
+            self.file
+                .read_exact_at(bytes, at / PAGE_SIZE * 8)
+                .map_err(|e| Error::io("read", format!("/proc/{}/pagemap", self.pid), &e))?;
+            for (i, e) in bytes.chunks_exact(8).enumerate() {
+                let e = u64::from_le_bytes([e[0], e[1], e[2], e[3], e[4], e[5], e[6], e[7]]);
+                if is_private_data(e) {
+                    let page = at + i as u64 * PAGE_SIZE;
+                    append(out, page, page + PAGE_SIZE);
+                }
+            }
+            at += count * PAGE_SIZE;
+        }
+        Ok(())
+    }
+}
+
+/// Bits of a pagemap entry (Documentation/admin-guide/mm/pagemap.rst): 63 present, 62 swapped, 61 file or
+/// shared. Swap entries of type 31 are markers without data (userfaultfd-wp, guard), not pages.
+fn is_private_data(entry: u64) -> bool {
+    let present = entry >> 63 & 1 == 1;
+    let swapped = entry >> 62 & 1 == 1 && entry & 0x1f != 31;
+    (present || swapped) && entry >> 61 & 1 == 0
+}
+
+fn append(out: &mut Vec<(u64, u64)>, start: u64, end: u64) {
+    match out.last_mut() {
+        Some(last) if last.1 == start => last.1 = end,
+        _ => out.push((start, end)),
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn both_ways_find_the_same_pages() {
+        let len = 64 * PAGE_SIZE as usize;
+        let layout = std::alloc::Layout::from_size_align(len, 4096).unwrap();
+        // SAFETY: fresh zeroed memory of our own, freed below; two pages of it are written.
+        let base = unsafe { std::alloc::alloc_zeroed(layout) };
+        for page in [3usize, 4, 40] {
+            // SAFETY: inside the allocation.
+            unsafe { base.add(page * 4096).write_volatile(7) };
+        }
+        let start = base as u64;
+        let map = Pagemap::open(std::process::id() as Pid).unwrap();
+        let mut walked = Vec::new();
+        map.walk(start, start + len as u64, &mut walked).unwrap();
+        for page in [3u64, 4, 40] {
+            let a = start + page * PAGE_SIZE;
+            assert!(walked.iter().any(|r| r.0 <= a && a < r.1));
+        }
+        if map.can_scan {
+            let mut scanned = Vec::new();
+            map.scan(start, start + len as u64, &mut scanned).unwrap();
+            assert_eq!(scanned, walked);
+        }
+        // SAFETY: the same layout as above.
+        unsafe { std::alloc::dealloc(base, layout) };
+    }
+}

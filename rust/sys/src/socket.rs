@@ -1,0 +1,1 @@
+//! Sockets of our own or borrowed from a task.

@@ -1,0 +1,108 @@
+//! Waiting for tracees, with a deadline and without ever waiting for "any child".
+//!
+//! nix's waitpid cannot decode stops by real-time signals, so the status is decoded here (wait(2)).
+
+use std::time::{Duration, Instant};
+
+use crate::error::{Error, Result, check};
+use crate::{Pid, proc};
+
+/// What a tracee did.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Event {
+    /// It ended by `exit` with this code.
+    Exited(i32),
+    /// It was ended by this signal.
+    Killed(i32),
+    /// It stopped; `event` is a `PTRACE_EVENT_*` number or 0.
+    Stopped {
+        /// The signal reported with the stop.
+        signal: i32,
+        /// The ptrace event, or 0.
+        event: i32,
+    },
+    /// It was continued by SIGCONT.
+    Continued,
+}
+
+fn decode(status: i32) -> Event {
+    if libc::WIFEXITED(status) {
+        Event::Exited(libc::WEXITSTATUS(status))
+    } else if libc::WIFSIGNALED(status) {
+        Event::Killed(libc::WTERMSIG(status))
+    } else if libc::WIFSTOPPED(status) {
+        Event::Stopped { signal: (status >> 8) & 0xff, event: status >> 16 }
+    } else {
+        Event::Continued
+    }
+}
+
+/// Looks for news of one task without blocking. `None` when there are none.
+///
+/// # Errors
+/// ECHILD when the task is neither our child nor our tracee.
+pub fn poll(tid: Pid) -> Result<Option<Event>> {
+    let mut status = 0;
+    // SAFETY: status is a valid place for the result.
+    let ret = unsafe { libc::waitpid(tid, &raw mut status, libc::__WALL | libc::WNOHANG) };
+    let got = check(i64::from(ret), "waitpid", tid)?;
+    Ok((got != 0).then(|| decode(status)))
+}
+
+/// Blocks SIGCHLD in the calling thread, so that [`until`] can sleep on it without losing one.
+/// For processes of our own only: a user's program keeps its mask.
+pub fn block_sigchld() {
+    // SAFETY: the set is initialised by sigemptyset before use.
+    unsafe {
+        let mut set: libc::sigset_t = std::mem::zeroed();
+        libc::sigemptyset(&raw mut set);
+        libc::sigaddset(&raw mut set, libc::SIGCHLD);
+        libc::pthread_sigmask(libc::SIG_BLOCK, &raw const set, std::ptr::null_mut());
+    }
+}
+
+fn sleep_for_sigchld(limit: Duration) {
+    let time = libc::timespec {
+        tv_sec: limit.as_secs().try_into().unwrap_or(1),
+        tv_nsec: limit.subsec_nanos().into(),
+    };
+    // SAFETY: set and time are initialised and live over the call.
+    unsafe {
+        let mut set: libc::sigset_t = std::mem::zeroed();
+        libc::sigemptyset(&raw mut set);
+        libc::sigaddset(&raw mut set, libc::SIGCHLD);
+        libc::sigtimedwait(&raw const set, std::ptr::null_mut(), &raw const time);
+    }
+}
+
+/// Waits until the task has news or the limit has passed. SIGCHLD must be blocked ([`block_sigchld`]).
+///
+/// # Errors
+/// [`Error::Timeout`] names the state the task hangs in.
+pub fn until(tid: Pid, limit: Duration) -> Result<Event> {
+    let end = Instant::now() + limit;
+    // Most stops take a few microseconds: look a few times before paying for a sleep.
+    for _ in 0..20 {
+        if let Some(event) = poll(tid)? {
+            return Ok(event);
+        }
+        std::hint::spin_loop();
+    }
+    loop {
+        if let Some(event) = poll(tid)? {
+            return Ok(event);
+        }
+        let left = end.saturating_duration_since(Instant::now());
+        if left.is_zero() {
+            return Err(timeout(tid, limit));
+        }
+        // SIGCHLD is not queued: a second one may be merged away, so never sleep for long on trust.
+        sleep_for_sigchld(left.min(Duration::from_millis(20)));
+    }
+}
+
+fn timeout(tid: Pid, limit: Duration) -> Error {
+    let state = proc::stat(tid).map_or_else(|_| "?".into(), |s| s.state.to_string());
+    let wchan = std::fs::read_to_string(format!("/proc/{tid}/wchan")).unwrap_or_default();
+    Error::Timeout { pid: tid, ms: limit.as_millis().try_into().unwrap_or(u64::MAX), state, wchan }
+}
