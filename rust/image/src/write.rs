@@ -1,0 +1,371 @@
+//! Writing: data streams by once and is hashed on the way; metadata, index and footer follow at commit.
+
+use std::fs::File;
+use std::io::{self, Read, Write};
+use std::path::{Path, PathBuf};
+
+use serde::Serialize;
+
+use crate::checksum::{self, BlockTable, Rolling};
+use crate::error::Error;
+use crate::header::HeaderInfo;
+use crate::layout::{
+    ALIGN, BLOCK_SIZE, BlobRef, DATA_START, FILE_NAME, INDEX_NAME, MAX_DATA, MAX_JSON, MAX_RUNS, MAX_SECTIONS, PAGE,
+    PageRun, SectionInfo, SectionKind, TRAILER_DIGESTED, Trailer, align_up, is_name,
+};
+use crate::place::{Naming, Place};
+
+/// Pieces up to this size are gathered into larger writes; what is larger goes to the kernel from where it lies.
+const GATHER: usize = 64 << 10;
+const BUFFER: usize = 1 << 20;
+
+/// A complete image, on disk under its name.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Committed {
+    /// The file.
+    pub path: PathBuf,
+    /// Its length.
+    pub bytes: u64,
+    /// Names its content: 32 hexadecimal digits, the same that [`crate::Reader::digest`] returns.
+    pub digest: String,
+}
+
+/// Writes an image. Nothing is visible until [`Writer::commit`] succeeds; dropping it before leaves the disk as it was found.
+///
+/// Data is not held in memory: at most one buffer, the metadata sections, 32 bytes for each page run and 8 for each MiB.
+#[derive(Debug)]
+pub struct Writer {
+    place: Place,
+    buffer: Vec<u8>,
+    /// Offset in the file of the next byte.
+    position: u64,
+    blocks: BlockTable,
+    header: Vec<u8>,
+    sections: Vec<(String, Vec<u8>)>,
+    runs: Vec<PageRun>,
+    /// A write failed: what is in the file is not known.
+    broken: bool,
+}
+
+impl Writer {
+    /// Makes `dir` and its parents (mode 0755), claims it for this writer and writes the header.
+    ///
+    /// # Errors
+    /// [`Error::Exists`] if the directory holds a `checkpoint.img`, [`Error::Busy`] if somebody is writing one there or holds a lock on
+    /// the directory, [`Error::NotADirectory`], [`Error::Permission`], [`Error::NoSpace`], [`Error::Arch`] if the page size of this
+    /// machine is not that of the format. Directories it made are removed again.
+    pub fn create(dir: &Path, info: HeaderInfo) -> Result<Writer, Error> {
+        Writer::create_with(dir, &info, Naming::Nameless)
+    }
+
+    pub(crate) fn create_with(dir: &Path, info: &HeaderInfo, naming: Naming) -> Result<Writer, Error> {
+        let header = info.encode(&dir.join(FILE_NAME))?;
+        let place = Place::claim(dir, naming)?;
+        let mut writer = Writer {
+            place,
+            buffer: Vec::with_capacity(BUFFER),
+            position: 0,
+            blocks: BlockTable::new(),
+            header,
+            sections: Vec::new(),
+            runs: Vec::new(),
+            broken: false,
+        };
+        let header = std::mem::take(&mut writer.header);
+        writer.put(&header)?;
+        writer.header = header;
+        Ok(writer)
+    }
+
+    /// Appends whole pages and returns the file offset of the first, for a [`PageRun`].
+    ///
+    /// # Errors
+    /// [`Error::Misuse`] if the length is not a multiple of the page size; [`Error::NoSpace`], [`Error::Io`].
+    pub fn append_pages(&mut self, data: &[u8]) -> Result<u64, Error> {
+        if data.len() as u64 % PAGE != 0 {
+            return Err(Error::misuse(
+                self.place.target(),
+                "data",
+                format!("{} bytes are not whole pages", data.len()),
+            ));
+        }
+        self.pad_data(PAGE)?;
+        let offset = self.position;
+        self.put_data(data)?;
+        Ok(offset)
+    }
+
+    /// Appends a blob.
+    ///
+    /// # Errors
+    /// [`Error::NoSpace`], [`Error::Io`].
+    pub fn append_blob(&mut self, data: &[u8]) -> Result<BlobRef, Error> {
+        self.pad_data(ALIGN)?;
+        let offset = self.position;
+        self.put_data(data)?;
+        Ok(BlobRef {
+            offset,
+            len: data.len() as u64,
+        })
+    }
+
+    /// Appends as a blob all that `reader` yields, without holding it in memory. `len_hint`, where known, only sizes the buffer.
+    ///
+    /// # Errors
+    /// [`Error::Source`] if `reader` fails: the writer remains usable, the bytes read so far stay in the file unused.
+    /// [`Error::NoSpace`], [`Error::Io`].
+    pub fn append_blob_from(&mut self, reader: &mut dyn Read, len_hint: Option<u64>) -> Result<BlobRef, Error> {
+        self.pad_data(ALIGN)?;
+        let offset = self.position;
+        // One byte more than expected, so that the end is seen without another round.
+        let size = len_hint.map_or(BLOCK_SIZE, |len| {
+            len.saturating_add(1).clamp(4096, BLOCK_SIZE as u64) as usize
+        });
+        let mut chunk = vec![0; size];
+        loop {
+            match reader.read(&mut chunk) {
+                Ok(0) => {
+                    return Ok(BlobRef {
+                        offset,
+                        len: self.position - offset,
+                    });
+                }
+                Ok(count) => self.put_data(&chunk[..count])?,
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(source) => {
+                    return Err(Error::Source {
+                        path: self.place.target().to_path_buf(),
+                        source,
+                    });
+                }
+            }
+        }
+    }
+
+    /// Adds a record to the page index. Order does not matter: commit sorts the records and joins adjacent ones.
+    pub fn push_run(&mut self, run: PageRun) {
+        if !self.runs.last_mut().is_some_and(|last| last.absorb(&run)) {
+            self.runs.push(run);
+        }
+    }
+
+    /// Adds a JSON section, to be written at commit.
+    ///
+    /// # Errors
+    /// [`Error::Misuse`] if the name is taken, reserved or not one, or if the value cannot be JSON; [`Error::TooLarge`].
+    pub fn add_section(&mut self, name: &str, json: &impl Serialize) -> Result<(), Error> {
+        let path = self.place.target();
+        let misuse = |detail: String| Error::misuse(path, format!("section {name:?}"), detail);
+        if !is_name(name) {
+            return Err(misuse("a name is 1 to 32 of a-z 0-9 . _ -".to_owned()));
+        }
+        if name == INDEX_NAME || self.sections.iter().any(|(taken, _)| taken == name) {
+            return Err(misuse("the name is taken".to_owned()));
+        }
+        let json = serde_json::to_vec(json).map_err(|error| misuse(error.to_string()))?;
+        let too_large = |what, count, limit| Error::TooLarge {
+            path: path.to_path_buf(),
+            what,
+            count,
+            limit,
+        };
+        if json.len() as u64 > MAX_JSON {
+            return Err(too_large(
+                "bytes of metadata in one section",
+                json.len() as u64,
+                MAX_JSON,
+            ));
+        }
+        // One entry is the index.
+        if self.sections.len() as u64 + 1 >= u64::from(MAX_SECTIONS) {
+            return Err(too_large(
+                "sections",
+                self.sections.len() as u64 + 2,
+                u64::from(MAX_SECTIONS),
+            ));
+        }
+        self.sections.push((name.to_owned(), json));
+        Ok(())
+    }
+
+    /// Bytes of header and data so far.
+    pub fn bytes(&self) -> u64 {
+        self.position
+    }
+
+    /// Writes what is left, waits until all of it is on disk, and gives the file its name.
+    ///
+    /// # Errors
+    /// [`Error::Exists`] if somebody else put a `checkpoint.img` there meanwhile, which stays as it is; [`Error::Misuse`] if a page run
+    /// is wrong or overlaps another; [`Error::TooLarge`], [`Error::NoSpace`], [`Error::Permission`], [`Error::Io`]. After an error there
+    /// is no image.
+    pub fn commit(mut self) -> Result<Committed, Error> {
+        let data_end = self.position;
+        self.check_runs(data_end)?;
+        let mut table = Vec::with_capacity(self.sections.len() + 1);
+        for (name, json) in std::mem::take(&mut self.sections) {
+            self.pad(ALIGN)?;
+            table.push(SectionInfo {
+                name,
+                kind: SectionKind::Json,
+                offset: self.position,
+                len: json.len() as u64,
+                flags: 0,
+                checksum: checksum::of(&json),
+            });
+            self.put(&json)?;
+        }
+        let index = self.put_index()?;
+        table.push(index);
+        self.pad(ALIGN)?;
+        let digest = self.put_footer(data_end - DATA_START, &table)?;
+        self.flush()?;
+        let path = self.place.target();
+        self.place
+            .file()
+            .sync_all()
+            .map_err(|error| Error::io(path, "write to disk", error))?;
+        Ok(Committed {
+            bytes: self.position,
+            digest: format!("{digest:032x}"),
+            path: self.place.publish()?,
+        })
+    }
+
+    fn check_runs(&mut self, data_end: u64) -> Result<(), Error> {
+        self.runs.sort_unstable();
+        self.runs.dedup_by(|next, last| last.absorb(next));
+        let path = self.place.target();
+        if self.runs.len() as u64 > MAX_RUNS {
+            let count = self.runs.len() as u64;
+            return Err(Error::TooLarge {
+                path: path.to_path_buf(),
+                what: "page runs",
+                count,
+                limit: MAX_RUNS,
+            });
+        }
+        let mut previous: Option<&PageRun> = None;
+        for run in &self.runs {
+            let overlap = previous.is_some_and(|last| last.space == run.space && last.end() > run.start);
+            let checked = if overlap {
+                Err("overlaps the run before it")
+            } else {
+                run.check(data_end)
+            };
+            checked.map_err(|detail| Error::misuse(path, "page index", format!("{detail}: {run:?}")))?;
+            previous = Some(run);
+        }
+        Ok(())
+    }
+
+    fn put_index(&mut self) -> Result<SectionInfo, Error> {
+        self.pad(ALIGN)?;
+        let offset = self.position;
+        let mut sum = Rolling::new();
+        for run in std::mem::take(&mut self.runs) {
+            let raw = run.encode();
+            sum.update(&raw);
+            self.put(&raw)?;
+        }
+        Ok(SectionInfo {
+            name: INDEX_NAME.to_owned(),
+            kind: SectionKind::Index,
+            offset,
+            len: self.position - offset,
+            flags: 0,
+            checksum: sum.digest(),
+        })
+    }
+
+    fn put_footer(&mut self, data_len: u64, table: &[SectionInfo]) -> Result<u128, Error> {
+        let blocks = std::mem::replace(&mut self.blocks, BlockTable::new()).finish();
+        let mut trailer = Trailer {
+            data_len,
+            file_len: 0,
+            block_count: blocks.len() as u64,
+            section_count: table.len() as u32,
+            block_size: BLOCK_SIZE as u32,
+            digest: 0,
+        };
+        trailer.file_len = self.position + trailer.footer_len().unwrap_or(0);
+        let mut tables: Vec<u8> = table.iter().flat_map(SectionInfo::encode).collect();
+        tables.extend(blocks.iter().flat_map(|sum| sum.to_le_bytes()));
+        trailer.digest = digest(&self.header, &tables, &trailer);
+        self.put(&tables)?;
+        self.put(&trailer.encode())?;
+        Ok(trailer.digest)
+    }
+
+    fn pad_data(&mut self, align: u64) -> Result<(), Error> {
+        let missing = align_up(self.position, align) - self.position;
+        self.put_data(&[0; PAGE as usize][..missing as usize])
+    }
+
+    fn pad(&mut self, align: u64) -> Result<(), Error> {
+        let missing = align_up(self.position, align) - self.position;
+        self.put(&[0; PAGE as usize][..missing as usize])
+    }
+
+    /// Writes bytes of the data area: hashed block by block, each piece while it is still in the cache.
+    fn put_data(&mut self, mut data: &[u8]) -> Result<(), Error> {
+        let len = self.position - DATA_START + data.len() as u64;
+        if len > MAX_DATA {
+            let path = self.place.target().to_path_buf();
+            return Err(Error::TooLarge {
+                path,
+                what: "bytes of data",
+                count: len,
+                limit: MAX_DATA,
+            });
+        }
+        while !data.is_empty() {
+            let (piece, rest) = data.split_at(data.len().min(self.blocks.room()));
+            self.blocks.update(piece);
+            self.put(piece)?;
+            data = rest;
+        }
+        Ok(())
+    }
+
+    fn put(&mut self, data: &[u8]) -> Result<(), Error> {
+        if self.buffer.len() + data.len() > BUFFER || data.len() > GATHER {
+            self.flush()?;
+        }
+        if data.len() > GATHER {
+            self.write_through(data)?;
+        } else {
+            self.buffer.extend_from_slice(data);
+        }
+        self.position += data.len() as u64;
+        Ok(())
+    }
+
+    fn flush(&mut self) -> Result<(), Error> {
+        let mut buffer = std::mem::take(&mut self.buffer);
+        let written = self.write_through(&buffer);
+        buffer.clear();
+        self.buffer = buffer;
+        written
+    }
+
+    fn write_through(&mut self, data: &[u8]) -> Result<(), Error> {
+        let path = self.place.target();
+        if self.broken {
+            return Err(Error::misuse(path, "data", "used after a failed write"));
+        }
+        let mut file: &File = self.place.file();
+        let written = file.write_all(data).map_err(|error| Error::io(path, "write", error));
+        self.broken = written.is_err();
+        written
+    }
+}
+
+/// The total digest: over the header page, the two tables, and the trailer as far as it is not the digest itself.
+pub(crate) fn digest(header: &[u8], tables: &[u8], trailer: &Trailer) -> u128 {
+    let mut total = Rolling::new();
+    total.update(header);
+    total.update(tables);
+    total.update(&trailer.encode()[..TRAILER_DIGESTED]);
+    total.digest128()
+}
