@@ -1,0 +1,248 @@
+//! `create`: builds the container; its init process then waits to be started, or to be filled by a restore.
+
+use std::fs::{self, File};
+use std::os::fd::{AsRawFd, OwnedFd, RawFd};
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+
+use libcontainer::container::builder::ContainerBuilder;
+use libcontainer::container::{ContainerStatus, State};
+use libcontainer::oci_spec::runtime::Spec;
+use libcontainer::syscall::syscall::SyscallType;
+use nix::fcntl::{Flock, FlockArg};
+use nix::sys::stat::{Mode, umask};
+use nix::unistd::{Pid, close, mkfifo};
+use serde_json::json;
+
+use crate::causes::{Causes, Sink};
+use crate::cgroup::Cgroup;
+use crate::error::Error;
+use crate::flags::Flags;
+use crate::layout::Layout;
+use crate::os;
+use crate::record::{Init, Record, replace, save};
+use crate::report::Report;
+use crate::spec;
+use crate::supervise;
+use crate::verbs::delete::destroy;
+use crate::workload::{Plan, StartHooks, Workload};
+
+pub fn run(flags: &Flags, report: &mut Report) -> Result<i32, Error> {
+    let layout = flags.layout()?;
+    let bundle = flags.needed_path("bundle")?;
+    let bundle = bundle
+        .canonicalize()
+        .map_err(|error| Error::BadSpec(format!("bundle {}: {error}", bundle.display())))?;
+    let preserve = preserved(flags, report)?;
+    let mut spec = spec::load(&flags.needed_path("spec")?, &bundle)?;
+    let given = spec.linux().as_ref().and_then(|linux| linux.cgroups_path().clone());
+    let cgroup = Cgroup::choose(given.as_deref(), flags.has("systemd-cgroup"), &layout)?;
+    cgroup.check_unused()?;
+
+    // Mount points and the like are made with this mask; the caller's may be anything.
+    umask(Mode::from_bits_truncate(0o022));
+    claim(&layout)?;
+    if flags.has("supervise") {
+        supervise::adopt_orphans()?;
+    }
+    let built = prepare(&layout, &mut spec, &bundle, &cgroup, flags.has("debug"), report)
+        .and_then(|site| build(&layout, site, flags, preserve));
+    let created = built.and_then(|built| announce(&layout, built, flags, report));
+    match created {
+        Ok(init) if flags.has("supervise") => Ok(supervise::wait(init)),
+        Ok(_) => Ok(0),
+        Err(error) => {
+            // The error that made us give up is the one to tell; what is left over, `delete` will find again.
+            let _ = destroy(&layout);
+            Err(error)
+        }
+    }
+}
+
+/// Makes our directory, which only one `create` can.
+fn claim(layout: &Layout) -> Result<(), Error> {
+    fs::DirBuilder::new()
+        .recursive(true)
+        .mode(0o700)
+        .create(layout.root())
+        .map_err(Error::io("create", layout.root()))?;
+    let bundle = layout.bundle();
+    match fs::DirBuilder::new().mode(0o700).create(&bundle) {
+        Ok(()) if !layout.state().exists() => Ok(()),
+        Ok(()) => {
+            let _ = fs::remove_dir(&bundle);
+            Err(Error::Exists(layout.id().to_owned()))
+        }
+        Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists => Err(Error::Exists(layout.id().to_owned())),
+        Err(error) => Err(Error::io("create", &bundle)(error)),
+    }
+}
+
+/// Everything that must exist before the first process does.
+struct Site {
+    workload: Workload,
+    causes: Causes,
+    warnings: Vec<String>,
+    lock: OwnedFd,
+    gate: Sink,
+}
+
+fn prepare(
+    layout: &Layout,
+    spec: &mut Spec,
+    bundle: &Path,
+    cgroup: &Cgroup,
+    debug: bool,
+    report: &Report,
+) -> Result<Site, Error> {
+    let lock = lock(&layout.lock())?;
+    let ground = spec::ground(spec);
+    let mut warnings = Vec::new();
+    if let Some(process) = spec.process_mut() {
+        warnings = ground.adapt(process);
+    }
+    let record = Record {
+        bundle: bundle.to_owned(),
+        cgroup: cgroup.path.clone(),
+        systemd_cgroup: cgroup.systemd,
+        spec: spec.clone(),
+    };
+    record.save(layout)?;
+    save(&layout.effective_spec(), &spec::effective(spec, cgroup))?;
+
+    let (causes, sink) = Causes::listen(debug)?;
+    let gate = Sink::new(gate(&layout.gate())?);
+    let mut close_when_ready: Vec<RawFd> = report.raw_fd().into_iter().collect();
+    close_when_ready.extend([lock.as_raw_fd(), causes.raw_fd()]);
+    let plan = Plan {
+        process: spec.process().clone().unwrap_or_default(),
+        seccomp: spec::own_filter(spec),
+        start_hooks: start_hooks(layout, &record),
+        user_namespace: None,
+        before: sink,
+        after: gate.clone(),
+        close_when_ready,
+    };
+    Ok(Site {
+        workload: Workload::new(plan),
+        causes,
+        warnings,
+        lock,
+        gate,
+    })
+}
+
+fn start_hooks(layout: &Layout, record: &Record) -> Option<StartHooks> {
+    let hooks = record.spec.hooks().as_ref()?.start_container().clone()?;
+    Some(StartHooks {
+        hooks,
+        state: record.state(layout, ContainerStatus::Created, None),
+    })
+}
+
+impl Record {
+    /// The state that hooks are given: that of the user's bundle.
+    pub fn state(&self, layout: &Layout, status: ContainerStatus, pid: Option<Pid>) -> State {
+        let pid = pid.map(Pid::as_raw);
+        let mut state = State::new(layout.id(), status, pid, self.bundle.clone());
+        state.annotations = self.spec.annotations().clone();
+        state
+    }
+}
+
+/// Held by this process and every one it forks, so that `delete` can wait for those that outlive a killed launcher.
+fn lock(path: &Path) -> Result<OwnedFd, Error> {
+    let file = File::create(path).map_err(Error::io("create", path))?;
+    let copy = file.try_clone().map_err(Error::io("open", path))?;
+    let held = Flock::lock(file, FlockArg::LockExclusiveNonblock)
+        .map_err(|(_, errno)| Error::call("lock the container")(errno))?;
+    // Dropping it would unlock it for the children too; the lock ends when the last copy is closed.
+    std::mem::forget(held);
+    Ok(OwnedFd::from(copy))
+}
+
+/// Open for reading too, so that opening does not wait for `start`.
+fn gate(path: &Path) -> Result<OwnedFd, Error> {
+    mkfifo(path, Mode::from_bits_truncate(0o600)).map_err(Error::call("make the start gate"))?;
+    File::options()
+        .read(true)
+        .write(true)
+        .custom_flags(libc::O_CLOEXEC)
+        .open(path)
+        .map(OwnedFd::from)
+        .map_err(Error::io("open", path))
+}
+
+struct Built {
+    init: Pid,
+    warnings: Vec<String>,
+}
+
+fn build(layout: &Layout, site: Site, flags: &Flags, preserve: i32) -> Result<Built, Error> {
+    let builder = ContainerBuilder::new(layout.id().to_owned(), SyscallType::default())
+        .with_executor(site.workload)
+        .with_preserved_fds(preserve)
+        .with_console_socket(flags.path("console-socket"))
+        .with_root_path(layout.root());
+    let built = builder.and_then(|builder| {
+        builder
+            .as_init(layout.bundle())
+            .with_systemd(flags.has("systemd-cgroup"))
+            .with_no_pivot(flags.has("no-pivot"))
+            .build()
+    });
+    // Ours only: init has its own, and the end of the gate must be its end.
+    drop((site.gate, site.lock));
+    let container = built.map_err(|error| site.causes.explain(&error))?;
+    let init = container
+        .pid()
+        .ok_or_else(|| Error::Container("libcontainer reports no init process".to_owned()))?;
+    Ok(Built {
+        init,
+        warnings: site.warnings,
+    })
+}
+
+/// Tells the world about init. Fails, so that the container goes again, when there is nobody left to tell.
+fn announce(layout: &Layout, built: Built, flags: &Flags, report: &mut Report) -> Result<Pid, Error> {
+    Init::of(built.init)?.save(layout)?;
+    if let Some(path) = flags.path("pid-file") {
+        write_pid(&path, built.init)?;
+    }
+    if flags.has("supervise") {
+        supervise::step_back();
+    }
+    let mut fields = json!({"pid": built.init.as_raw()});
+    if !built.warnings.is_empty() {
+        fields["warnings"] = json!(built.warnings);
+    }
+    report
+        .success(fields)
+        .map_err(|_| Error::Container("nobody reads the report".to_owned()))?;
+    Ok(built.init)
+}
+
+/// Digits only, and at once: clients take the file's appearance for the end of `create`.
+pub fn write_pid(path: &PathBuf, pid: Pid) -> Result<(), Error> {
+    replace(path, pid.to_string().as_bytes())
+}
+
+/// The descriptors 3.. that go to the program. All must be open: else libcontainer's own would land among them.
+pub fn preserved(flags: &Flags, report: &Report) -> Result<i32, Error> {
+    let count: i32 = flags.number("preserve-fds")?.unwrap_or(0);
+    for fd in 3..count.saturating_add(3) {
+        if !os::is_open(fd) || report.raw_fd() == Some(fd) {
+            return Err(Error::Usage(format!(
+                "--preserve-fds {count}: descriptor {fd} is not one of the container's"
+            )));
+        }
+    }
+    Ok(count)
+}
+
+/// A supervisor must not hold them open for the program's readers.
+pub fn close_preserved(count: i32) {
+    for fd in 3..count.saturating_add(3) {
+        let _ = close(fd);
+    }
+}

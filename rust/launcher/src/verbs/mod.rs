@@ -1,0 +1,8 @@
+//! One verb of the command line per file.
+
+pub mod create;
+pub mod delete;
+pub mod exec;
+pub mod features;
+pub mod start;
+pub mod started;
