@@ -99,6 +99,16 @@ impl Cgroup {
         }
     }
 
+    /// A process that joined it now would not run, nor would whoever waits for it.
+    pub fn is_frozen(&self) -> bool {
+        let says = |directory: &Path, file: &str, thawed: &str| {
+            fs::read_to_string(directory.join(file)).is_ok_and(|state| state.trim() != thawed)
+        };
+        self.directories()
+            .iter()
+            .any(|directory| says(directory, "freezer.state", "THAWED") || says(directory, "cgroup.freeze", "0"))
+    }
+
     /// Removes the cgroup from every hierarchy, with those made inside the container.
     pub fn remove(&self) -> Result<(), Error> {
         for directory in self.directories() {

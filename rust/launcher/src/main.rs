@@ -3,6 +3,7 @@
 
 mod causes;
 mod cgroup;
+mod cgroup_mounts;
 mod error;
 mod flags;
 mod layout;
@@ -46,6 +47,7 @@ fn dispatch(flags: &Flags, report: &mut Report) -> Result<i32, Error> {
         "started" => verbs::started::run(flags, report),
         "exec" => verbs::exec::run(flags, report),
         "delete" => verbs::delete::run(flags, report),
+        "hook" => verbs::hook::run(flags),
         "features" => Ok(verbs::features::run()),
         verb => Err(Error::Usage(format!("{verb:?} is not a verb"))),
     }

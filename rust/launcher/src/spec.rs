@@ -6,13 +6,15 @@ use std::path::{Path, PathBuf};
 
 use libcontainer::capabilities::CapabilityExt;
 use libcontainer::oci_spec::runtime::{
-    Capabilities, Capability, Linux, LinuxCapabilities, LinuxNamespaceType, LinuxSeccomp, Process, Spec, User,
+    Capabilities, Capability, Hook, Hooks, Linux, LinuxCapabilities, LinuxNamespaceType, LinuxSeccomp, Process, Spec,
+    User,
 };
 use libcontainer::{apparmor, seccomp};
 
 use crate::cgroup::Cgroup;
 use crate::error::Error;
 use crate::limits::Ground;
+use crate::verbs::hook::wrap;
 
 /// Reads and checks the spec; its root path becomes absolute.
 pub fn load(path: &Path, bundle: &Path) -> Result<Spec, Error> {
@@ -23,6 +25,9 @@ pub fn load(path: &Path, bundle: &Path) -> Result<Spec, Error> {
     let process = spec.process().as_ref().ok_or_else(|| missing("process"))?;
     check_process(process)?;
     check_linux(spec.linux().as_ref().ok_or_else(|| missing("linux"))?)?;
+    if let Some(hooks) = spec.hooks() {
+        check_hooks(hooks)?;
+    }
     let mut root = spec.root().clone().ok_or_else(|| missing("root"))?;
     let directory = bundle.join(root.path());
     let directory = directory.canonicalize().map_err(|error| {
@@ -91,7 +96,7 @@ pub fn own_filter(spec: &Spec) -> Option<LinuxSeccomp> {
     (!seccomp::is_notify(&filter)).then_some(filter)
 }
 
-pub fn effective(spec: &Spec, cgroup: &Cgroup) -> Spec {
+pub fn effective(spec: &Spec, bundle: &Path, cgroup: &Cgroup) -> Spec {
     let mut effective = spec.clone();
     if let Some(process) = spec.process() {
         effective.set_process(Some(all_powerful(process, ground(spec))));
@@ -104,8 +109,33 @@ pub fn effective(spec: &Spec, cgroup: &Cgroup) -> Spec {
     }
     if let Some(hooks) = effective.hooks_mut() {
         hooks.set_start_container(None);
+        wrap_hooks(hooks, bundle);
     }
     effective
+}
+
+#[allow(deprecated, reason = "Docker up to 27 attaches the network in a prestart hook")]
+fn wrap_hooks(hooks: &mut Hooks, bundle: &Path) {
+    let wrapped = |list: &Option<Vec<Hook>>| {
+        let list = list.as_ref()?;
+        Some(list.iter().filter_map(|hook| wrap(hook, bundle)).collect())
+    };
+    hooks.set_prestart(wrapped(hooks.prestart()));
+    hooks.set_create_runtime(wrapped(hooks.create_runtime()));
+    hooks.set_create_container(wrapped(hooks.create_container()));
+}
+
+/// Found here, a missing hook has a name in the error; libcontainer only tells that some hook failed.
+#[allow(deprecated, reason = "as above")]
+fn check_hooks(hooks: &Hooks) -> Result<(), Error> {
+    let lists = [hooks.prestart(), hooks.create_runtime(), hooks.create_container()];
+    for hook in lists.into_iter().flatten().flatten() {
+        let path = hook.path();
+        if !path.is_absolute() || !path.is_file() {
+            return Err(Error::BadSpec(format!("hook {path:?} is not a file")));
+        }
+    }
+    Ok(())
 }
 
 /// The process with all rights, and nothing yet that the program's user decides.

@@ -3,6 +3,7 @@
 
 use std::cell::RefCell;
 use std::collections::HashMap;
+use std::ffi::{CStr, CString};
 use std::fs;
 use std::os::fd::{OwnedFd, RawFd};
 use std::path::Path;
@@ -20,19 +21,26 @@ use nix::sys::stat::{SFlag, fstat};
 use nix::unistd::{Gid, Uid, chdir, close, execve, fchown, getcwd, getpid};
 
 use crate::causes::{Cause, Sink, lower};
+use crate::cgroup_mounts::Restricted;
 use crate::error::{one_line, reason};
 use crate::os;
 use crate::privilege::become_process;
 use crate::program::{self, Failure};
+
+/// What `ps` shows while the container is created but not started.
+const NAME: &CStr = c"torpor-init";
 
 /// A process as its spec wants it, and how to say that it could not be.
 #[derive(Debug)]
 pub struct Plan {
     pub process: Process,
     pub seccomp: Option<LinuxSeccomp>,
-    pub start_hooks: Option<StartHooks>,
+    /// What only the first process of a container does.
+    pub first: Option<First>,
     /// libcontainer joins every namespace of a running container but this one.
     pub user_namespace: Option<OwnedFd>,
+    /// Who gets the pipes or the terminal that the process is given; as numbered where `validate` runs.
+    pub stdio_owner: Option<u32>,
     /// Hears failures before the process is ready, and after.
     pub before: Sink,
     pub after: Sink,
@@ -42,7 +50,8 @@ pub struct Plan {
 }
 
 #[derive(Debug)]
-pub struct StartHooks {
+pub struct First {
+    pub restricted: Vec<Restricted>,
     pub hooks: Vec<Hook>,
     pub state: State,
 }
@@ -65,11 +74,19 @@ impl Workload {
     /// Finds what can be found wrong before the container is started, so that `create` fails as it does in runc.
     fn check(&self) -> Result<(), Failure> {
         let process = &self.plan.process;
-        make_directory(process.cwd())?;
+        if let Some(first) = &self.plan.first {
+            let syscall = create_syscall();
+            for mount in &first.restricted {
+                mount.apply(syscall.as_ref())?;
+            }
+            make_directory(process.cwd())?;
+        }
         program::locate(process)?;
         program::arguments(process)?;
         program::environment(process, &[])?;
-        own_stdio(process);
+        if let Some(owner) = self.plan.stdio_owner {
+            own_stdio(process, owner);
+        }
         Ok(())
     }
 
@@ -81,8 +98,8 @@ impl Workload {
             setns(namespace, CloneFlags::CLONE_NEWUSER)
                 .map_err(|errno| format!("join the user namespace: {}", lower(errno.desc())))?;
         }
-        if let Some(start) = &plan.start_hooks {
-            start.run(process)?;
+        if let Some(first) = &plan.first {
+            first.run_hooks(process)?;
         }
         // With our rights first: the user may not be able to search the way there; then with the user's, for directories
         // that root cannot enter (NFS).
@@ -100,7 +117,7 @@ impl Workload {
         let file = program::locate(process)?;
         let arguments = program::arguments(process)?;
         let environment = program::environment(process, &self.activation.borrow())?;
-        let path = std::ffi::CString::new(file.into_os_string().into_encoded_bytes())
+        let path = CString::new(file.into_os_string().into_encoded_bytes())
             .map_err(|_| "process.args holds a zero byte".to_owned())?;
         os::reset_signals();
         match execve(&path, &arguments, &environment) {
@@ -128,7 +145,7 @@ impl Executor for Workload {
         for fd in &self.plan.close_when_ready {
             let _ = close(*fd);
         }
-        let _ = prctl_name();
+        let _ = nix::sys::prctl::set_name(NAME);
         Ok(())
     }
 
@@ -140,8 +157,8 @@ impl Executor for Workload {
     }
 }
 
-impl StartHooks {
-    fn run(&self, process: &Process) -> Result<(), Failure> {
+impl First {
+    fn run_hooks(&self, process: &Process) -> Result<(), Failure> {
         let environment = parse_env(process.env().as_deref().unwrap_or_default());
         run_hooks(
             Some(&self.hooks),
@@ -152,11 +169,6 @@ impl StartHooks {
         )
         .map_err(|error| format!("startContainer hook: {}", one_line(&error)))
     }
-}
-
-/// What `ps` shows while the container is created but not started.
-fn prctl_name() -> nix::Result<()> {
-    nix::sys::prctl::set_name(c"torpor-init")
 }
 
 fn make_directory(path: &Path) -> Result<(), Failure> {
@@ -182,15 +194,14 @@ fn check_cwd() -> Result<(), Failure> {
 
 /// Makes the user the owner of the pipes or the terminal it was given, so that it can open /dev/stdout, as runc does. Not
 /// of files and of terminals outside: those belong to whoever redirected the output.
-fn own_stdio(process: &Process) {
-    let uid = process.user().uid();
+fn own_stdio(process: &Process, owner: u32) {
     let terminal = process.terminal().unwrap_or(false);
     for fd in 0..=2 {
         let Ok(status) = fstat(fd) else { continue };
         let kind = SFlag::from_bits_truncate(status.st_mode) & SFlag::S_IFMT;
         if kind == SFlag::S_IFIFO || (terminal && kind == SFlag::S_IFCHR) {
             // Not ours to give away: then the user just cannot open it again.
-            let _ = fchown(fd, Some(Uid::from_raw(uid)), None::<Gid>);
+            let _ = fchown(fd, Some(Uid::from_raw(owner)), None::<Gid>);
         }
     }
 }

@@ -3,11 +3,11 @@
 use std::fs::{self, File};
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use libcontainer::container::builder::ContainerBuilder;
 use libcontainer::container::{ContainerStatus, State};
-use libcontainer::oci_spec::runtime::Spec;
+use libcontainer::oci_spec::runtime::{Hook, Spec};
 use libcontainer::syscall::syscall::SyscallType;
 use nix::fcntl::{Flock, FlockArg};
 use nix::sys::stat::{Mode, umask};
@@ -16,6 +16,7 @@ use serde_json::json;
 
 use crate::causes::{Causes, Sink};
 use crate::cgroup::Cgroup;
+use crate::cgroup_mounts::{self, Guest};
 use crate::error::Error;
 use crate::flags::Flags;
 use crate::layout::Layout;
@@ -25,7 +26,7 @@ use crate::report::Report;
 use crate::spec;
 use crate::supervise;
 use crate::verbs::delete::destroy;
-use crate::workload::{Plan, StartHooks, Workload};
+use crate::workload::{First, Plan, Workload};
 
 pub fn run(flags: &Flags, report: &mut Report) -> Result<i32, Error> {
     let layout = flags.layout()?;
@@ -46,8 +47,8 @@ pub fn run(flags: &Flags, report: &mut Report) -> Result<i32, Error> {
         supervise::adopt_orphans()?;
     }
     let built = prepare(&layout, &mut spec, &bundle, &cgroup, flags.has("debug"), report)
-        .and_then(|site| build(&layout, site, flags, preserve));
-    let created = built.and_then(|built| announce(&layout, built, flags, report));
+        .and_then(|site| build(&layout, site, &cgroup, flags, preserve));
+    let created = built.and_then(|built| announce(&layout, built, flags, preserve, report));
     match created {
         Ok(init) if flags.has("supervise") => Ok(supervise::wait(init)),
         Ok(_) => Ok(0),
@@ -108,7 +109,7 @@ fn prepare(
         spec: spec.clone(),
     };
     record.save(layout)?;
-    save(&layout.effective_spec(), &spec::effective(spec, cgroup))?;
+    save(&layout.effective_spec(), &spec::effective(spec, bundle, cgroup))?;
 
     let (causes, sink) = Causes::listen(debug)?;
     let gate = Sink::new(gate(&layout.gate())?);
@@ -117,8 +118,13 @@ fn prepare(
     let plan = Plan {
         process: spec.process().clone().unwrap_or_default(),
         seccomp: spec::own_filter(spec),
-        start_hooks: start_hooks(layout, &record),
+        first: Some(First {
+            restricted: cgroup_mounts::restricted(spec),
+            hooks: start_hooks(&record),
+            state: record.state(layout, ContainerStatus::Created, None),
+        }),
         user_namespace: None,
+        stdio_owner: spec.process().as_ref().map(|process| process.user().uid()),
         before: sink,
         after: gate.clone(),
         close_when_ready,
@@ -132,12 +138,11 @@ fn prepare(
     })
 }
 
-fn start_hooks(layout: &Layout, record: &Record) -> Option<StartHooks> {
-    let hooks = record.spec.hooks().as_ref()?.start_container().clone()?;
-    Some(StartHooks {
-        hooks,
-        state: record.state(layout, ContainerStatus::Created, None),
-    })
+fn start_hooks(record: &Record) -> Vec<Hook> {
+    let hooks = record.spec.hooks().as_ref();
+    hooks
+        .and_then(|hooks| hooks.start_container().clone())
+        .unwrap_or_default()
 }
 
 impl Record {
@@ -153,12 +158,12 @@ impl Record {
 /// Held by this process and every one it forks, so that `delete` can wait for those that outlive a killed launcher.
 fn lock(path: &Path) -> Result<OwnedFd, Error> {
     let file = File::create(path).map_err(Error::io("create", path))?;
-    let copy = file.try_clone().map_err(Error::io("open", path))?;
     let held = Flock::lock(file, FlockArg::LockExclusiveNonblock)
         .map_err(|(_, errno)| Error::call("lock the container")(errno))?;
-    // Dropping it would unlock it for the children too; the lock ends when the last copy is closed.
+    // Dropping `held` would unlock it for the children too; the lock must end when the last copy is closed.
+    let fd = held.as_raw_fd();
     std::mem::forget(held);
-    Ok(OwnedFd::from(copy))
+    os::adopt(fd)
 }
 
 /// Open for reading too, so that opening does not wait for `start`.
@@ -178,7 +183,8 @@ struct Built {
     warnings: Vec<String>,
 }
 
-fn build(layout: &Layout, site: Site, flags: &Flags, preserve: i32) -> Result<Built, Error> {
+fn build(layout: &Layout, site: Site, cgroup: &Cgroup, flags: &Flags, preserve: i32) -> Result<Built, Error> {
+    let guest = Guest::of(&cgroup.path);
     let builder = ContainerBuilder::new(layout.id().to_owned(), SyscallType::default())
         .with_executor(site.workload)
         .with_preserved_fds(preserve)
@@ -192,7 +198,7 @@ fn build(layout: &Layout, site: Site, flags: &Flags, preserve: i32) -> Result<Bu
             .build()
     });
     // Ours only: init has its own, and the end of the gate must be its end.
-    drop((site.gate, site.lock));
+    drop((guest, site.gate, site.lock));
     let container = built.map_err(|error| site.causes.explain(&error))?;
     let init = container
         .pid()
@@ -204,13 +210,14 @@ fn build(layout: &Layout, site: Site, flags: &Flags, preserve: i32) -> Result<Bu
 }
 
 /// Tells the world about init. Fails, so that the container goes again, when there is nobody left to tell.
-fn announce(layout: &Layout, built: Built, flags: &Flags, report: &mut Report) -> Result<Pid, Error> {
+fn announce(layout: &Layout, built: Built, flags: &Flags, preserve: i32, report: &mut Report) -> Result<Pid, Error> {
     Init::of(built.init)?.save(layout)?;
     if let Some(path) = flags.path("pid-file") {
         write_pid(&path, built.init)?;
     }
     if flags.has("supervise") {
         supervise::step_back();
+        close_preserved(preserve);
     }
     let mut fields = json!({"pid": built.init.as_raw()});
     if !built.warnings.is_empty() {
@@ -223,7 +230,7 @@ fn announce(layout: &Layout, built: Built, flags: &Flags, report: &mut Report) -
 }
 
 /// Digits only, and at once: clients take the file's appearance for the end of `create`.
-pub fn write_pid(path: &PathBuf, pid: Pid) -> Result<(), Error> {
+pub fn write_pid(path: &Path, pid: Pid) -> Result<(), Error> {
     replace(path, pid.to_string().as_bytes())
 }
 

@@ -4,5 +4,6 @@ pub mod create;
 pub mod delete;
 pub mod exec;
 pub mod features;
+pub mod hook;
 pub mod start;
 pub mod started;
