@@ -1,0 +1,7 @@
+"""`python -m torpor` is the same as `torpor`."""
+
+import sys
+
+from torpor.cli.main import main
+
+sys.exit(main())

@@ -1,0 +1,1 @@
+"""The command line. Nothing here is imported by anything outside; verbs are imported when they are called."""

@@ -1,0 +1,115 @@
+"""DIR is made when it is missing and gets one file, checkpoint.img. Without --leave-running the container is stopped
+and its state kept
+until `delete`. Whatever goes wrong, the container runs on and nothing is left in DIR."""
+
+from __future__ import annotations
+
+import os
+
+from torpor.errors import UsageError
+from torpor.flags import BOOL, LIST, NUMBER, TEXT, Flag
+
+from .common import Refused, check_refused, container, one_id, refused_flags
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from torpor.config import Config
+    from torpor.flags import Parsed
+
+USAGE = "--image-path DIR [flags] ID"
+
+_INCREMENTAL = "only whole images are written"
+_REFUSED: Refused = (
+    ("pre-dump", BOOL, _INCREMENTAL),
+    ("parent-path", TEXT, _INCREMENTAL),
+    ("lazy-pages", BOOL, "an image always holds all pages"),
+    ("page-server", TEXT, "an image always holds all pages"),
+    ("cuda-checkpoint-path", TEXT, "GPU state is not carried"),
+    ("cuda-checkpoint-sequential", BOOL, "GPU state is not carried"),
+    ("save-restore-exec-argv", TEXT, "nothing is run inside the container"),
+)
+FLAGS = (
+    Flag("image-path", TEXT, "directory to write the image to"),
+    Flag("leave-running", BOOL, "let the container go on afterwards"),
+    Flag("work-path", TEXT, "directory for dump.log"),
+    Flag("compression", TEXT, "none", default="none"),
+    # Each of these permits something. What torpor carries it carries without being asked; what it does not, it refuses
+    # by name.
+    Flag("tcp-established", BOOL, "accepted"),
+    Flag("tcp-skip-in-flight", BOOL, "accepted"),
+    Flag("link-remap", BOOL, "accepted"),
+    Flag("ext-unix-sk", BOOL, "accepted"),
+    Flag("shell-job", BOOL, "accepted"),
+    Flag("file-locks", BOOL, "accepted"),
+    Flag("manage-cgroups-mode", TEXT, "accepted", choices=("soft", "full", "strict", "ignore")),
+    Flag("empty-ns", LIST, "accepted for `network`"),
+    Flag("network-lock", TEXT, "accepted", choices=("iptables", "nftables", "skip")),
+    # Each of these asks for what is done anyway.
+    Flag("auto-dedup", BOOL, "accepted"),
+    Flag("exclude-committed-zero-pages", BOOL, "accepted; zero pages are never written"),
+    Flag("direct", BOOL, "accepted"),
+    Flag("status-fd", NUMBER, "", default=-1, hidden=True),
+    Flag("save-restore-exec-timeout", TEXT, "", hidden=True),
+    *refused_flags(_REFUSED),
+)  # fmt: skip
+
+
+def execute(config: Config, flags: Parsed) -> int:
+    container_id = one_id(flags)
+    image = flags.text("image-path")
+    if not image:
+        raise UsageError(
+            "--image-path is required: give the directory to write the image to", code="bad-flag", object="--image-path"
+        )
+    check_refused(flags, _REFUSED)
+    if flags.number("status-fd") >= 0:
+        raise UsageError(
+            "--status-fd is not supported yet: it belongs to --lazy-pages", code="bad-flag", object="--status-fd"
+        )
+    if flags.text("compression") != "none":
+        raise UsageError("--compression is not supported yet: use none", code="bad-flag", object="--compression")
+    check_empty_ns(flags)
+    found = container(config, container_id)
+    with WorkLog(flags.text("work-path"), "dump.log") as work_log:
+        saved = found.checkpoint(os.path.abspath(image), leave_running=flags.on("leave-running"))
+        work_log.note(f"wrote {saved.path}: {saved.report}")
+    from torpor import log
+
+    for warning in saved.warnings:
+        log.warning(warning)
+    return 0
+
+
+def check_empty_ns(flags: Parsed) -> None:
+    for name in flags.words("empty-ns"):
+        if name != "network":
+            raise UsageError(f"invalid value {name!r} for flag --empty-ns: only network is accepted", code="bad-flag")
+
+
+class WorkLog:
+    """dump.log or restore.log in --work-path: containerd's shim and Podman show it to people when something failed."""
+
+    def __init__(self, directory: str, name: str) -> None:
+        self._path = os.path.join(os.path.abspath(directory), name) if directory else ""
+
+    def note(self, line: str) -> None:
+        if not self._path:
+            return
+        from torpor.log import one_line, rfc3339
+
+        try:
+            os.makedirs(os.path.dirname(self._path), mode=0o700, exist_ok=True)
+            with open(self._path, "a", encoding="utf-8", errors="replace") as f:
+                f.write(f"{rfc3339()} {one_line(line)}\n")
+        except OSError as e:
+            # It is for reading afterwards; the checkpoint itself must not depend on it.
+            from torpor import log
+
+            log.debug(f"cannot write {self._path}: {e}")
+
+    def __enter__(self) -> WorkLog:
+        return self
+
+    def __exit__(self, kind: object, e: BaseException | None, tb: object) -> None:
+        if e is not None:
+            self.note(f"Error: {e}")

@@ -1,0 +1,89 @@
+"""What several verbs share: their flags, and how they find the container they are about."""
+
+from __future__ import annotations
+
+from torpor.container import Container
+from torpor.errors import UsageError
+from torpor.flags import BOOL, NUMBER, TEXT, Flag, Parsed
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from torpor.config import Config
+    from torpor.create import Options
+    from torpor.launcher import Stdio
+
+# create, run, restore
+START_FLAGS = (
+    Flag("bundle", TEXT, "directory with config.json (the current one)", short="b"),
+    Flag("console-socket", TEXT, "AF_UNIX socket that gets the master of the container's terminal"),
+    Flag("pid-file", TEXT, "file to write the host's pid of the container to, last of all"),
+    Flag("preserve-fds", NUMBER, "hand on this many descriptors from 3 upwards"),
+    Flag("no-pivot", BOOL, "do not use pivot_root, for a root on a ramdisk"),
+    Flag("no-new-keyring", BOOL, "stay in the session keyring of the caller"),
+    Flag("user-log", TEXT, "accepted and ignored", hidden=True),
+)
+
+NO_SUBREAPER = Flag("no-subreaper", BOOL, "accepted; torpor never makes itself the subreaper of its caller")
+DETACH = Flag("detach", BOOL, "return as soon as the container runs", short="d")
+
+# Not there yet, and ignoring them would break a promise: (flag, kind, what it would need).
+Refused = tuple[tuple[str, str, str], ...]
+
+
+def start_options(flags: Parsed, *, supervise: bool, console_socket: str = "", stdio: Stdio | None = None) -> Options:
+    from torpor.create import Options
+
+    preserve = flags.number("preserve-fds")
+    if preserve < 0:
+        raise UsageError("--preserve-fds cannot be negative", code="bad-flag")
+    return Options(
+        console_socket=console_socket or flags.text("console-socket"),
+        pid_file=flags.text("pid-file"),
+        preserve_fds=preserve,
+        no_pivot=flags.on("no-pivot"),
+        no_new_keyring=flags.on("no-new-keyring"),
+        supervise=supervise,
+        stdio=stdio,
+    )
+
+
+def one_id(flags: Parsed) -> str:
+    """The container id that is the only argument.
+
+    Raises:
+        UsageError: there is none, or more.
+    """
+    if not flags.args:
+        raise UsageError("a container id is required")
+    if len(flags.args) > 1:
+        raise UsageError(f"unexpected argument {flags.args[1]!r}: flags come before the container id")
+    return flags.args[0]
+
+
+def container(config: Config, container_id: str) -> Container:
+    """The container that a command is about.
+
+    Raises:
+        StateError: `not-found` or `bad-id`.
+        UsageError: a flag before the verb differs from what the container was made with.
+    """
+    found = Container.load(container_id, root=config.root)
+    state = found.refresh()
+    config.check_against(state.flags, found.id)
+    return found
+
+
+def refused_flags(refused: Refused) -> tuple[Flag, ...]:
+    return tuple(Flag(name, kind, "not supported yet", hidden=True) for name, kind, _ in refused)
+
+
+def check_refused(flags: Parsed, refused: Refused) -> None:
+    """Refuse the flags whose promise cannot be kept.
+
+    Raises:
+        UsageError: `bad-flag`.
+    """
+    for name, kind, why in refused:
+        value = flags.values[name]
+        if name in flags.given and (kind != BOOL or value):
+            raise UsageError(f"--{name} is not supported yet: {why}", code="bad-flag", object=f"--{name}")

@@ -1,0 +1,115 @@
+"""A container of this id that waits in status created is filled; else one is created, from --bundle or, for an image of
+a container
+that had none, on the host's files. Without --detach the command stays, and exits with the program's exit code."""
+
+from __future__ import annotations
+
+import os
+
+from torpor import api, create
+from torpor.errors import UsageError
+from torpor.flags import BOOL, LIST, TEXT, Flag
+
+from .checkpoint import WorkLog, check_empty_ns
+from .common import DETACH, NO_SUBREAPER, START_FLAGS, Refused, check_refused, one_id, refused_flags
+from .run import forget, start
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from torpor.config import Config
+    from torpor.container import Container
+    from torpor.create import Options
+    from torpor.flags import Parsed
+
+USAGE = "--image-path DIR [flags] ID"
+
+_REFUSED: Refused = (
+    ("parent-path", TEXT, "only whole images are read"),
+    ("lazy-pages", BOOL, "all pages are read before the container goes on"),
+    ("fs-restore-image-path", TEXT, "file system images are not read"),
+    ("fs-restore-direct", BOOL, "file system images are not read"),
+)
+FLAGS = (
+    Flag("image-path", TEXT, "directory that holds the image"),
+    *START_FLAGS,
+    DETACH,
+    Flag("work-path", TEXT, "directory for restore.log"),
+    NO_SUBREAPER,
+    Flag("background", BOOL, "accepted; all pages are read before the container goes on"),
+    Flag("direct", BOOL, "accepted"),
+    Flag("tcp-established", BOOL, "accepted"),
+    Flag("tcp-close", BOOL, "accepted"),
+    Flag("ext-unix-sk", BOOL, "accepted"),
+    Flag("shell-job", BOOL, "accepted"),
+    Flag("file-locks", BOOL, "accepted"),
+    Flag("manage-cgroups-mode", TEXT, "accepted", choices=("soft", "full", "strict", "ignore")),
+    Flag("empty-ns", LIST, "accepted for `network`"),
+    Flag("network-lock", TEXT, "accepted", choices=("iptables", "nftables", "skip")),
+    Flag("auto-dedup", BOOL, "accepted"),
+    Flag("lsm-profile", TEXT, "TYPE:NAME, where this machine has that security module"),
+    Flag("lsm-mount-context", TEXT, "SELinux context of mounts, where this machine has SELinux"),
+    *refused_flags(_REFUSED),
+)  # fmt: skip
+
+
+def execute(config: Config, flags: Parsed) -> int:
+    container_id = one_id(flags)
+    image = flags.text("image-path")
+    if not image:
+        raise UsageError(
+            "--image-path is required: give the directory that holds the image", code="bad-flag", object="--image-path"
+        )
+    check_refused(flags, _REFUSED)
+    check_empty_ns(flags)
+    _check_lsm(flags)
+    image = os.path.abspath(image)
+    with WorkLog(flags.text("work-path"), "restore.log"):
+        existing = api.find(container_id, root=config.root)
+        if existing is not None:
+            return _fill(config, existing, flags, image)
+        return _make(config, container_id, flags, image)
+
+
+def _fill(config: Config, existing: Container, flags: Parsed, image: str) -> int:
+    config.check_against(existing.refresh().flags, existing.id)
+    for name in ("bundle", "console-socket"):
+        if flags.text(name):
+            raise UsageError(
+                f"container {existing.id!r} is there already: leave --{name} out, or restore under another id"
+            )
+    api.check_image(image)
+    if flags.on("detach"):
+        create.restore_into(existing, image, flags.text("pid-file"))
+        return 0
+    from torpor.exits import Exit
+
+    from .attach import Interrupted, Signals, follow_other
+
+    with Signals() as signals, Exit(existing.pid, existing.refresh().start_time) as end:
+        try:
+            create.restore_into(existing, image, flags.text("pid-file"))
+        except Interrupted as e:
+            return 128 + e.number
+        try:
+            return follow_other(end, signals)
+        finally:
+            forget(existing)
+
+
+def _make(config: Config, container_id: str, flags: Parsed, image: str) -> int:
+    api.check_id(container_id)
+    what = api.plan_for_restore(config, image, flags.text("bundle"), container_id)
+
+    def build(options: Options) -> Container:
+        return create.restore(config, container_id, what, options, image)
+
+    return start(config, flags, what, build)
+
+
+def _check_lsm(flags: Parsed) -> None:
+    """A label that cannot be given must not be dropped in silence; without the module there is nothing to label."""
+    wanted = flags.text("lsm-profile").partition(":")[0] or ("selinux" if flags.text("lsm-mount-context") else "")
+    if wanted and os.path.isdir(
+        {"selinux": "/sys/fs/selinux", "apparmor": "/sys/kernel/security/apparmor"}.get(wanted, "/")
+    ):
+        raise UsageError(f"{wanted} labels on restore are not supported yet", code="bad-flag", object="--lsm-profile")

@@ -1,0 +1,18 @@
+from __future__ import annotations
+
+import json
+
+from .common import container, one_id
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from torpor.config import Config
+    from torpor.flags import Flag, Parsed
+
+USAGE = "ID"
+FLAGS: tuple[Flag, ...] = ()
+
+
+def execute(config: Config, flags: Parsed) -> int:
+    print(json.dumps(container(config, one_id(flags)).state(), indent=2))
+    return 0

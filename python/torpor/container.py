@@ -1,0 +1,544 @@
+"""A container that exists, and what can be done with it."""
+
+from __future__ import annotations
+
+import _thread
+import json
+import os
+
+from . import exits, launcher, log, proc, ruins
+from . import state as states
+from .config import Config
+from .errors import ImageError, StateError, TorporError, UsageError, not_found
+from .state import Home, State
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from types import TracebackType
+    from typing import Any
+
+    from .launcher import Stdio
+
+
+class Container:
+    """One container, known by the directory its state is in. Methods may be called from any thread.
+
+    Use `torpor.run`, `torpor.restore`, `Container.create` or `Container.load` to get one. As a context manager it is
+    deleted, by force, when the block ends.
+    """
+
+    def __init__(self, home: Home, state: State, *, supervisor: int | None = None) -> None:
+        self.home = home
+        self.id = home.id
+        self._state = state
+        # The launcher that stayed as parent of the container: our child, so its exit status is ours to have on every
+        # kernel.
+        self._supervisor = supervisor
+        self._exit: exits.Exit | None = None
+        self._exit_status = state.exit_status
+        self._waiting = _thread.allocate_lock()
+
+    def __repr__(self) -> str:
+        return f"<torpor.Container {self.id!r} {self._state.status}>"
+
+    # ---- getting one
+    # --------------------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def load(cls, container_id: str, *, root: str | None = None) -> Container:
+        """The container with this id, or the only one whose id begins so.
+
+        Raises:
+            StateError: `not-found`; `bad-id` when it is not an id or not a unique beginning of one.
+        """
+        root = Config(root=root).root
+        home = Home(root, states.find_id(root, container_id))
+        if ruins.clear_if_ruin(home):
+            raise not_found(container_id)
+        state = home.read()
+        if state is None:
+            raise not_found(container_id)
+        return cls(home, state)
+
+    @classmethod
+    def create(cls, container_id: str, bundle: str | None = None, **options: Any) -> Container:
+        """Build a container that waits for `start` (or for a restore). Takes what `torpor.run` takes, the command as
+        `args=`.
+
+        Raises:
+            StateError: `exists` or `bad-id`.
+            SpecError: the bundle cannot be used.
+            LauncherError, KernelError: it could not be built; nothing is left of it.
+        """
+        from . import api
+
+        return api.make(container_id, bundle, start=False, **options)
+
+    @classmethod
+    def run(cls, container_id: str, bundle: str | None = None, **options: Any) -> Container:
+        """Build a container and start its program. Errors as `create`."""
+        from . import api
+
+        return api.make(container_id, bundle, start=True, **options)
+
+    # ---- looking at it
+    # ------------------------------------------------------------------------------------------------------------
+
+    @property
+    def pid(self) -> int:
+        """The host's pid of the container's init."""
+        return self._state.pid
+
+    @property
+    def status(self) -> str:
+        """`creating`, `created`, `running`, `paused`, `restoring` or `stopped`, as it is right now.
+
+        Raises:
+            StateError: `not-found`, it has been deleted.
+        """
+        return self.refresh().status
+
+    def refresh(self) -> State:
+        """Read the state again, corrected by what the process really does."""
+        state = self.home.read()
+        if state is None:
+            raise not_found(self.id)
+        state.status = states.observe(state)
+        self._state = state
+        return state
+
+    def state(self) -> dict[str, Any]:
+        """The state as `torpor state` prints it (OCI runtime spec, and runc's rootfs, created, owner).
+
+        Raises:
+            StateError: `not-found`.
+        """
+        return as_oci(self.refresh())
+
+    def spec(self) -> dict[str, Any]:
+        """The config.json the container was made from."""
+        with open(self.home.file("config.json"), encoding="utf-8", errors="surrogateescape") as f:
+            return json.load(f)  # type: ignore[no-any-return]
+
+    def processes(self) -> list[int]:
+        """The host's pids of all processes in it.
+
+        Raises:
+            StateError: `not-found`, or `bad-state` when it does not run.
+        """
+        state = self.refresh()
+        states.may("ps", self.id, state.status)
+        return proc.cgroup_processes(state.pid)
+
+    # ---- changing it
+    # --------------------------------------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Start the program of a created container.
+
+        Raises:
+            StateError: `not-found`, or `bad-state` when it is not in status created.
+            LauncherError: the program cannot be executed.
+        """
+        with self.home as home:
+            state = self.refresh()
+            states.may("start", self.id, state.status)
+            launcher.run("start", "--root", home.file("oci"), "--id", self.id)
+            state.move("running")
+            home.write(state)
+
+    def exec(
+        self,
+        args: list[str] | tuple[str, ...],
+        *,
+        env: dict[str, str] | None = None,
+        cwd: str = "",
+        user: str = "",
+        stdin: object = None,
+        stdout: object = None,
+        stderr: object = None,
+    ) -> Process:
+        """Start another program in the container.
+
+        `stdin`, `stdout` and `stderr` are file descriptors or files; None means our own.
+
+        Raises:
+            StateError: `not-found`, or `bad-state` when it does not run.
+            LauncherError: the program cannot be executed.
+        """
+        from . import spec as specs
+
+        process = specs.process_for_exec(
+            self.spec(), args, cwd=cwd, user=user, env=[f"{name}={value}" for name, value in (env or {}).items()]
+        )
+        return self.exec_process(process, stdio=stdio_of(stdin, stdout, stderr), supervise=True)
+
+    def exec_process(
+        self,
+        process: dict[str, Any],
+        *,
+        stdio: Stdio | None = None,
+        supervise: bool,
+        console_socket: str = "",
+        preserve_fds: int = 0,
+        cgroup: str = "",
+        even_if_paused: bool = False,
+    ) -> Process:
+        """`exec` with a whole OCI process object. Without `supervise` the process is left to whoever adopts orphans
+        here.
+        """
+        state = self.refresh()
+        if not (even_if_paused and state.status == "paused"):
+            states.may("exec", self.id, state.status)
+        path = self.home.write_text(f"exec-{os.urandom(6).hex()}.json", json.dumps(process))
+        try:
+            flags = ["--root", self.home.file("oci"), "--id", self.id, "--process", path]
+            if console_socket:
+                flags += ["--console-socket", os.path.abspath(console_socket)]
+            if preserve_fds:
+                flags += ["--preserve-fds", str(preserve_fds)]
+            if cgroup:
+                flags += ["--cgroup", cgroup]
+            supervisor = None
+            if supervise:
+                supervisor, report = launcher.supervise("exec", *flags, stdio=stdio, preserve_fds=preserve_fds)
+            else:
+                report = launcher.run("exec", *flags, stdio=stdio, preserve_fds=preserve_fds)
+        finally:
+            os.unlink(path)
+        return Process(int(report["pid"]), supervisor)
+
+    def kill(self, signal: int = 15, *, all_processes: bool = False) -> None:
+        """Send a signal to the init of the container, or to every process in it.
+
+        Raises:
+            StateError: `not-found`, or `bad-state` when it does not run.
+        """
+        state = self.refresh()
+        states.may("kill", self.id, state.status)
+        delivered = False
+        for pid in proc.cgroup_processes(state.pid) if all_processes else [state.pid]:
+            try:
+                os.kill(pid, signal)
+                delivered = True
+            except ProcessLookupError:
+                continue
+        if not delivered:
+            raise StateError(
+                f"cannot kill container {self.id!r}: container not running (it is stopped)", code="bad-state"
+            )
+        if signal == 9 and state.status == "paused":
+            # a frozen process cannot die
+            self._set_frozen(state.pid, False)
+
+    def host_pid(self, pid: int) -> int:
+        """The host's pid of the process that has `pid` in the container.
+
+        Raises:
+            StateError: `not-found`, also when there is no such process.
+        """
+        for host_pid in self.processes():
+            if proc.innermost_pid(host_pid) == pid:
+                return host_pid
+        raise StateError(f"container {self.id!r} has no process {pid}: no such process", code="not-found")
+
+    def kill_process(self, pid: int, signal: int) -> None:
+        """Send a signal to the process that has `pid` in the container. Errors as `host_pid`."""
+        os.kill(self.host_pid(pid), signal)
+
+    def wait_process(self, host_pid: int) -> int | None:
+        """Wait for one process of the container, by its host pid. Its exit code as `wait` returns it."""
+        with exits.Exit(host_pid, proc.start_time(host_pid) or 0) as end:
+            end.wait()
+            return end.status()
+
+    def pause(self) -> None:
+        """Freeze every process of the container where it is.
+
+        Raises:
+            StateError: `not-found`, or `bad-state` when it does not run.
+            KernelError, InterruptedCheckpoint: it could not be frozen, and goes on.
+        """
+        self._change("pause", "paused")
+
+    def resume(self) -> None:
+        """Let a paused container go on. Errors as `pause`."""
+        self._change("resume", "running")
+
+    def _change(self, verb: str, status: str) -> None:
+        with self.home as home:
+            state = self.refresh()
+            states.may(verb, self.id, state.status)
+            self._set_frozen(state.pid, status == "paused")
+            state.move(status)
+            home.write(state)
+
+    @staticmethod
+    def _set_frozen(pid: int, frozen: bool) -> None:
+        from . import freezer
+
+        freezer.set_frozen(pid, frozen)
+
+    def checkpoint(self, image_path: str, leave_running: bool = False) -> Checkpoint:
+        """Write the container into `image_path`/checkpoint.img and stop it, or with `leave_running` let it go on.
+
+        The directory is made when it is missing. Whatever goes wrong, the container runs on as before and no file is
+        left.
+
+        Raises:
+            StateError: `not-found`, or `bad-state` when it does not run.
+            ImageError: `image-exists`, the directory holds an image already.
+            UnsupportedError: the container holds something that cannot be carried; `.object` and `.pid` name it.
+            KernelError: `no-space`, `permission` or `kernel`.
+            InterruptedCheckpoint: a process died or could not be stopped, or the tracer was killed.
+        """
+        if not image_path:
+            raise UsageError("an image path is required: give the directory to write the image to", code="bad-flag")
+        with self.home as home:
+            state = self.refresh()
+            states.may("checkpoint", self.id, state.status)
+            from . import _core
+
+            made = _make_image_directory(os.path.abspath(image_path))
+            request = {
+                "pid": state.pid,
+                "image_path": os.path.abspath(image_path),
+                "leave_running": leave_running,
+                "spec": self.spec(),
+                "container": {"id": self.id, "flags": state.flags},
+            }
+            try:
+                report = json.loads(_core.checkpoint(json.dumps(request)))
+            except BaseException:
+                for path in made:
+                    _remove_if_empty(path)
+                raise
+            log.debug(f"checkpoint of {self.id}: {report}")
+            if not leave_running:
+                state.status = "stopped"
+                home.write(state)
+                self._state = state
+        return Checkpoint(image_path, report)
+
+    # ---- its end
+    # ------------------------------------------------------------------------------------------------------------------
+
+    def wait(self, timeout: float | None = None) -> int | None:
+        """Wait until the container has ended and return its exit code, 128 + N when signal N killed it.
+
+        None means that nobody knows: it ended before anyone looked, or it is not a child of ours and the kernel is
+        older than 6.15.
+
+        Raises:
+            StateError: `not-found`.
+            TimeoutError: it still runs after `timeout` seconds.
+        """
+        if self._exit_status is not None:
+            return self._exit_status
+        if self._supervisor is not None:
+            if not exits.wait_for_child(self._supervisor, timeout):
+                raise TimeoutError(f"container {self.id!r} still runs after {timeout} seconds")
+            with self._waiting:
+                if self._supervisor is not None:
+                    self._exit_status = launcher.reap(self._supervisor)
+                    self._supervisor = None
+        elif (state := self.refresh()).exit_status is not None:
+            self._exit_status = state.exit_status
+        else:
+            with exits.Exit(state.pid, state.start_time) as end:
+                if state.status in states.LIVING and not end.wait(timeout):
+                    raise TimeoutError(f"container {self.id!r} still runs after {timeout} seconds")
+                self._exit_status = end.status()
+        self._remember_end()
+        return self._exit_status
+
+    def _remember_end(self) -> None:
+        try:
+            with self.home as home:
+                state = home.read()
+                if state is not None and (state.status != "stopped" or state.exit_status is None):
+                    state.status = "stopped"
+                    state.exit_status = self._exit_status
+                    home.write(state)
+        except StateError:
+            pass  # deleted by somebody else meanwhile
+
+    def delete(self, force: bool = False) -> None:
+        """Remove a created or stopped container and all that belongs to it; with `force` a running one too.
+
+        Raises:
+            StateError: `not-found`, or `bad-state` when it runs and `force` is not given.
+            LauncherError: not everything could be removed; call it again.
+        """
+        if force:
+            # Before the lock: whoever holds it may be waiting for this very container.
+            ruins.kill(self._state)
+        with self.home as home:
+            state = self.refresh()
+            if not force:
+                states.may("delete", self.id, state.status)
+            ruins.clear(home, state)
+            state.status = "stopped"
+            self._state = state
+        with self._waiting:
+            if self._supervisor is not None:
+                self._exit_status = launcher.reap(self._supervisor)
+                self._supervisor = None
+
+    def __enter__(self) -> Container:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, e: BaseException | None, tb: TracebackType | None) -> None:
+        try:
+            self.delete(force=True)
+        except StateError as error:
+            if error.code != "not-found":
+                raise
+
+    def release_supervisor(self) -> None:
+        """Somebody else has reaped the supervisor."""
+        self._supervisor = None
+
+    @property
+    def supervisor(self) -> int | None:
+        """The pid of the launcher that waits for the container on our behalf, None when there is none."""
+        return self._supervisor
+
+
+class Process:
+    """A program started in a container by `exec`."""
+
+    def __init__(self, pid: int, supervisor: int | None) -> None:
+        self.pid = pid
+        self.supervisor = supervisor
+        self.returncode: int | None = None
+        self._waiting = _thread.allocate_lock()
+
+    def wait(self, timeout: float | None = None) -> int | None:
+        """Its exit code, 128 + N when signal N killed it.
+
+        Raises:
+            TimeoutError: it still runs after `timeout` seconds.
+        """
+        if self.supervisor is not None:
+            if not exits.wait_for_child(self.supervisor, timeout):
+                raise TimeoutError(f"process {self.pid} still runs after {timeout} seconds")
+            with self._waiting:
+                if self.supervisor is not None:
+                    self.returncode = launcher.reap(self.supervisor)
+                    self.supervisor = None
+        return self.returncode
+
+
+class Checkpoint:
+    """An image that was written: where it is and what it took."""
+
+    __slots__ = ("path", "report")
+
+    def __init__(self, path: str, report: dict[str, Any]) -> None:
+        self.path = path
+        self.report = report
+
+    def __repr__(self) -> str:
+        return f"<torpor.Checkpoint {self.path!r} {self.tasks} tasks, {self.bytes} bytes>"
+
+    @property
+    def bytes(self) -> int:
+        """Size of the image."""
+        return int(self.report.get("bytes", 0))
+
+    @property
+    def tasks(self) -> int:
+        """How many processes are in it."""
+        return int(self.report.get("tasks", 0))
+
+    @property
+    def pause_seconds(self) -> float:
+        """How long the container stood still."""
+        return float(self.report.get("pause_us", 0)) / 1e6
+
+    @property
+    def warnings(self) -> list[str]:
+        return list(self.report.get("warnings") or [])
+
+
+def as_oci(state: State) -> dict[str, Any]:
+    """The object `torpor state` prints."""
+    return {
+        "ociVersion": states.OCI_VERSION,
+        "id": state.id,
+        "status": state.status,
+        "pid": 0 if state.status == "stopped" else state.pid,
+        "bundle": state.bundle,
+        "rootfs": state.rootfs,
+        "created": state.created,
+        "annotations": state.annotations,
+        "owner": state.owner,
+    }
+
+
+def load_all(root: str) -> list[Container]:
+    """Every container under `root`, ruins cleared away."""
+    found = []
+    for name in states.ids(root):
+        try:
+            found.append(Container.load(name, root=root))
+        except TorporError as e:
+            log.debug(f"skipping {name}: {e}")
+    return found
+
+
+def stdio_of(stdin: object, stdout: object, stderr: object) -> Stdio | None:
+    """File descriptors for what a caller gives as standard streams; None when all are our own."""
+    if stdin is None and stdout is None and stderr is None:
+        return None
+    streams = (stdin, stdout, stderr)
+    fds = [
+        number if stream is None else stream if isinstance(stream, int) else stream.fileno()  # type: ignore[attr-defined]
+        for number, stream in enumerate(streams)
+    ]
+    return fds[0], fds[1], fds[2]
+
+
+def _make_image_directory(path: str) -> list[str]:
+    """Make the directory and its parents; returns those that were made, innermost first.
+
+    Raises:
+        ImageError: `image-exists`.
+        KernelError: `permission` and the like.
+    """
+    from .errors import KernelError
+
+    if os.path.lexists(os.path.join(path, "checkpoint.img")):
+        raise ImageError(
+            f"{path} already holds a checkpoint.img: give another --image-path or remove it",
+            code="image-exists",
+            object=path,
+        )
+    made: list[str] = []
+    missing = path
+    while not os.path.isdir(missing):
+        if os.path.lexists(missing):
+            raise UsageError(
+                f"{missing} is not a directory: give another --image-path", code="bad-flag", object=missing
+            )
+        made.append(missing)
+        missing = os.path.dirname(missing)
+    done: list[str] = []
+    try:
+        for directory in reversed(made):
+            os.mkdir(directory, 0o755)
+            done.insert(0, directory)
+    except OSError as e:
+        for directory in done:
+            _remove_if_empty(directory)
+        code = {13: "permission", 1: "permission", 30: "permission", 28: "no-space"}.get(e.errno or 0, "kernel")
+        raise KernelError(f"cannot make {path}: {e.strerror}", code=code, object=path) from None
+    return done
+
+
+def _remove_if_empty(path: str) -> None:
+    try:
+        os.rmdir(path)
+    except OSError:
+        pass

@@ -1,0 +1,267 @@
+"""Bring a container into being: create, run, and restore from an image.
+
+Each is one transaction on the state directory. Until it is through, the status is `creating` or `restoring` with this
+process as owner; whatever way it ends early, everything is taken down again, by us, by the tracer, or by the next
+torpor that finds our ruin.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+
+from . import launcher, log, overlay, proc, ruins
+from .container import Container
+from .errors import TorporError, UsageError
+from .state import Home, State, check_id, may, replace_file
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from types import TracebackType
+    from typing import Any
+
+    from .config import Config
+    from .launcher import Stdio
+    from .plan import Plan
+
+
+class Options:
+    """How a container is started, apart from what it is."""
+
+    __slots__ = ("console_socket", "no_new_keyring", "no_pivot", "pid_file", "preserve_fds", "stdio", "supervise")
+
+    def __init__(
+        self,
+        *,
+        console_socket: str = "",
+        pid_file: str = "",
+        preserve_fds: int = 0,
+        no_pivot: bool = False,
+        no_new_keyring: bool = False,
+        stdio: Stdio | None = None,
+        supervise: bool = False,
+    ) -> None:
+        self.console_socket = console_socket
+        self.pid_file = pid_file
+        self.preserve_fds = preserve_fds
+        self.no_pivot = no_pivot
+        self.no_new_keyring = no_new_keyring
+        self.stdio = stdio
+        self.supervise = supervise
+
+
+def create(config: Config, container_id: str, plan: Plan, options: Options) -> Container:
+    """Build a container that waits for `start`. Errors as `run`."""
+    with _Building(config, container_id, plan, options) as building:
+        building.settle("created")
+        return building.done()
+
+
+def run(config: Config, container_id: str, plan: Plan, options: Options) -> Container:
+    """Build a container and start its program.
+
+    Raises:
+        StateError: `exists` or `bad-id`.
+        KernelError: the overlay cannot be mounted.
+        LauncherError or another TorporError: what the launcher reports.
+    """
+    with _Building(config, container_id, plan, options) as building:
+        launcher.run("start", *building.home_flags())
+        building.settle("running")
+        return building.done()
+
+
+def restore(config: Config, container_id: str, plan: Plan, options: Options, image: str) -> Container:
+    """Build a container and fill it from an image.
+
+    Raises:
+        as `run`, and as `restore_into`.
+    """
+    with _Building(config, container_id, plan, options) as building:
+        building.state.move("restoring")
+        building.home.write(building.state)
+        _fill(building.home, building.state, plan.spec, image)
+        building.write_pid_file()
+        return building.done()
+
+
+def restore_into(container: Container, image: str, pid_file: str = "") -> None:
+    """Fill a created container from an image. A refusal leaves it as it was; a failure half way removes it.
+
+    Raises:
+        StateError: `bad-state`, it is not in status created.
+        ImageError: the image is missing or damaged.
+        UnsupportedError, RefusedError: the image needs what this machine or this container does not have.
+        KernelError, InterruptedCheckpoint: the restore failed.
+    """
+    with container.home as home:
+        state = container.refresh()
+        may("restore", state.id, state.status)
+        state.owner_process = _self()
+        state.move("restoring")
+        home.write(state)
+        try:
+            _fill(home, state, container.spec(), image)
+            if pid_file:
+                write_pid_file(pid_file, state.pid)
+        except BaseException as e:
+            untouched = isinstance(e, TorporError) and (e.stage in ("read", "plan") or e.code.startswith("image-"))
+            if untouched and state.status == "restoring" and proc.is_alive(state.pid, state.start_time):
+                state.move("created")
+                home.write(state)
+            else:
+                ruins.clear(home, state)
+            raise
+
+
+def _fill(home: Home, state: State, spec: dict[str, Any], image: str) -> None:
+    """Let the engine rebuild the image's processes in the container's waiting init."""
+    from . import _core
+
+    def on_loaded() -> None:
+        # Everything is there and still stopped: from here on it is a running container, whatever becomes of us.
+        state.move("running")
+        home.write(state)
+
+    request = {
+        "pid": state.pid,
+        "image_path": os.path.abspath(image),
+        "spec": spec,
+        "orphan": {
+            "argv0_path": launcher.path(),
+            "argv": ["torpor-launcher", "delete", *_home_flags(home)],
+            "unmount": overlay.mount_points(home) if state.overlay else [],
+            "remove": [home.path],
+        },
+    }
+    report = json.loads(_core.restore(json.dumps(request), on_loaded))
+    log.debug(f"restored {image} into {state.id}: {report}")
+    for warning in report.get("warnings") or []:
+        log.warning(warning)
+    try:
+        launcher.run("started", *_home_flags(home))
+    except TorporError as e:
+        # The program runs. A poststart hook that fails is worth a warning and no more (OCI runtime spec, "Lifecycle"
+        # step 10).
+        log.warning(str(e))
+
+
+class _Building:
+    """A container under construction. Leaving the block before `done` takes it down."""
+
+    def __init__(self, config: Config, container_id: str, plan: Plan, options: Options) -> None:
+        self.config = config
+        self.plan = plan
+        self.options = options
+        self.home = Home(config.root, check_id(container_id))
+        self.state = State(id=container_id, owner_process=_self())
+        self.supervisor: int | None = None
+        self.finished = False
+
+    def __enter__(self) -> _Building:
+        ruins.clear_if_ruin(self.home)
+        self.home.make()
+        try:
+            self._build()
+        except BaseException:
+            self._abandon()
+            raise
+        return self
+
+    def _build(self) -> None:
+        plan = self.plan
+        self.state.bundle = plan.bundle or self.home.path
+        self.state.owner = _user_name()
+        self.state.annotations = plan.spec.get("annotations") or {}
+        self.state.flags = {**self.config.remembered(), "on_host_root": plan.on_host_root}
+        self.state.terminal = plan.terminal
+        self.state.overlay = self.state.on_host_root = plan.on_host_root
+        self.home.write(self.state)
+        if plan.lower:
+            plan.spec["root"]["path"] = overlay.mount(self.home, plan.lower)
+        self.state.rootfs = plan.spec["root"]["path"]
+        self.home.write_text("config.json", json.dumps(plan.spec))
+        flags = self._create_flags()
+        if self.options.supervise:
+            self.supervisor, report = launcher.supervise("create", *flags, **self._spawn_options())
+        else:
+            report = launcher.run("create", *flags, **self._spawn_options())
+        self.state.pid = int(report["pid"])
+        self.state.start_time = proc.start_time(self.state.pid) or 0
+        self.home.write(self.state)
+
+    def _create_flags(self) -> list[str]:
+        options = self.options
+        flags = [*self.home_flags(), "--bundle", self.state.bundle, "--spec", self.home.file("config.json")]
+        if options.console_socket:
+            flags += ["--console-socket", os.path.abspath(options.console_socket)]
+        if options.preserve_fds:
+            flags += ["--preserve-fds", str(options.preserve_fds)]
+        for name, on in (
+            ("--systemd-cgroup", self.config.systemd_cgroup),
+            ("--no-pivot", options.no_pivot),
+            ("--no-new-keyring", options.no_new_keyring),
+        ):
+            if on:
+                flags.append(name)
+        return flags
+
+    def _spawn_options(self) -> dict[str, Any]:
+        return {"stdio": self.options.stdio, "preserve_fds": self.options.preserve_fds}
+
+    def home_flags(self) -> list[str]:
+        return _home_flags(self.home)
+
+    def settle(self, status: str) -> None:
+        self.state.move(status)
+        self.home.write(self.state)
+        self.write_pid_file()
+
+    def write_pid_file(self) -> None:
+        if self.options.pid_file:
+            write_pid_file(self.options.pid_file, self.state.pid)
+
+    def done(self) -> Container:
+        self.finished = True
+        return Container(self.home, self.state, supervisor=self.supervisor)
+
+    def __exit__(self, kind: type[BaseException] | None, e: BaseException | None, tb: TracebackType | None) -> None:
+        if self.finished:
+            self.home.release()
+        else:
+            self._abandon()
+
+    def _abandon(self) -> None:
+        try:
+            ruins.clear(self.home, self.state)
+        except (TorporError, OSError) as e:
+            log.warning(f"container {self.home.id!r} could not be removed completely: {e}")
+        finally:
+            self.home.release()
+        if self.supervisor is not None:
+            launcher.reap(self.supervisor)
+
+
+def _home_flags(home: Home) -> list[str]:
+    return ["--root", home.file("oci"), "--id", home.id]
+
+
+def write_pid_file(path: str, pid: int) -> None:
+    """Digits and no newline: containerd's shim reads it with Atoi, and takes its appearance for success."""
+    try:
+        replace_file(os.path.abspath(path), str(pid).encode(), 0o644)
+    except OSError as e:
+        raise UsageError(f"cannot write --pid-file {path}: {e.strerror}", code="bad-flag", object=path) from None
+
+
+def _self() -> tuple[int, int]:
+    return os.getpid(), proc.start_time(os.getpid()) or 0
+
+
+def _user_name() -> str:
+    import pwd
+
+    try:
+        return pwd.getpwuid(os.getuid()).pw_name
+    except KeyError:
+        return str(os.getuid())

@@ -1,0 +1,199 @@
+"""Run the launcher, the small static program that builds containers (docs/internals.md §2).
+
+It is executed from a sealed memfd: a container's process can then never reach and overwrite the file on the host
+through /proc/PID/exe (CVE-2019-5736). Started with posix_spawn, so it is safe from any thread; waited for by its own
+pid only.
+"""
+
+from __future__ import annotations
+
+import _thread
+import fcntl
+import json
+import os
+
+from . import log
+from .errors import LauncherError, from_engine
+from .proc import from_wait_status
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from typing import Any
+
+    Stdio = tuple[int, int, int]
+
+_memfd = -1
+_memfd_lock = _thread.allocate_lock()
+_ALL_SEALS = fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE
+_FIRST_PRIVATE_FD = 32
+
+
+def path() -> str:
+    """Where the launcher is installed."""
+    return os.path.join(os.path.dirname(os.path.abspath(__file__)), "_bin", "torpor-launcher")
+
+
+def run(verb: str, *args: str, stdio: Stdio | None = None, preserve_fds: int = 0) -> dict[str, Any]:
+    """Run one verb to its end and return its report.
+
+    Raises:
+        TorporError: what the launcher reported, as the subclass for its code.
+        LauncherError: it is missing, or ended without a report.
+    """
+    pid, report = _start(verb, args, stdio, preserve_fds)
+    status = reap(pid)
+    log.debug(f"launcher {verb} ended: {status}")
+    return report
+
+
+def supervise(verb: str, *args: str, stdio: Stdio | None = None, preserve_fds: int = 0) -> tuple[int, dict[str, Any]]:
+    """Run a verb with --supervise: it stays as the container's parent. Returns its pid, to be waited for, and its
+    report.
+
+    Raises:
+        as `run`.
+    """
+    return _start(verb, (*args, "--supervise"), stdio, preserve_fds)
+
+
+def output(verb: str) -> str:
+    """Run a verb that prints to standard output and return what it printed."""
+    read_end, write_end = os.pipe()
+    try:
+        null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
+        try:
+            pid = _spawn([verb], (null, write_end, 2), None)
+        finally:
+            os.close(null)
+            os.close(write_end)
+        with open(read_end, encoding="utf-8", closefd=False) as f:
+            text = f.read()
+    finally:
+        os.close(read_end)
+    if reap(pid) not in (0, None):
+        raise LauncherError(f"torpor-launcher {verb} failed")
+    return text
+
+
+def reap(pid: int) -> int | None:
+    """Wait for one child of ours. None when somebody else took its status (a program that ignores SIGCHLD, or waits for
+    any child).
+    """
+    try:
+        _, status = os.waitpid(pid, 0)
+    except ChildProcessError:
+        return None
+    return from_wait_status(status)
+
+
+def _start(verb: str, args: Sequence[str], stdio: Stdio | None, preserve_fds: int) -> tuple[int, dict[str, Any]]:
+    read_end, write_end = os.pipe()
+    # Above 0-2 and above what --preserve-fds hands on: the report must not land in the container.
+    first = max(_FIRST_PRIVATE_FD, 3 + preserve_fds)
+    report_fd = fcntl.fcntl(write_end, fcntl.F_DUPFD_CLOEXEC, first)
+    os.close(write_end)
+    try:
+        try:
+            pid = _spawn([verb, *args, "--report-fd", str(report_fd)], stdio, report_fd)
+        finally:
+            os.close(report_fd)
+        try:
+            line = _read_line(read_end)
+        except BaseException:
+            # Interrupted while the container was being built: with nobody to report to, the launcher takes it down
+            # again.
+            os.close(read_end)
+            read_end = -1
+            reap(pid)
+            raise
+    finally:
+        if read_end >= 0:
+            os.close(read_end)
+    try:
+        report = json.loads(line) if line else None
+    except ValueError:
+        report = None
+    if not isinstance(report, dict):
+        status = reap(pid)
+        raise LauncherError(f"torpor-launcher {verb} ended without a report (status {status})")
+    if not report.get("ok"):
+        reap(pid)
+        error = report.get("error") or {}
+        message = error.get("message") or f"torpor-launcher {verb} failed"
+        raise from_engine(error.get("code", "launcher"), None, error.get("pid"), error.get("object"), message)
+    for warning in report.get("warnings") or []:
+        log.warning(warning)
+    return pid, report
+
+
+def _read_line(fd: int) -> bytes:
+    data = b""
+    while b"\n" not in data:
+        chunk = os.read(fd, 65536)
+        if not chunk:
+            break
+        data += chunk
+    return data.split(b"\n", 1)[0]
+
+
+def _spawn(argv: list[str], stdio: Stdio | None, report_fd: int | None) -> int:
+    image = _sealed_image()
+    copies: list[int] = []
+    actions: list[tuple[int, int, int]] = []
+    try:
+        if stdio is not None:
+            # Copied out of the way first: one of them may itself be 0, 1 or 2.
+            copies = [fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, _FIRST_PRIVATE_FD) for fd in stdio]
+            actions = [(os.POSIX_SPAWN_DUP2, fd, number) for number, fd in enumerate(copies)]
+        if report_fd is not None:
+            # dup2 onto itself is how posix_spawn clears close-on-exec
+            actions.append((os.POSIX_SPAWN_DUP2, report_fd, report_fd))
+        log.debug("launcher " + " ".join(argv))
+        return os.posix_spawn(
+            f"/proc/self/fd/{image}",
+            ["torpor-launcher", *argv],
+            os.environ,
+            file_actions=actions,
+            # A session of its own: ctrl-C on our terminal is for the container to get from us, not for the launcher to
+            # die of.
+            setsid=True,
+            setsigmask=(),
+            setsigdef=range(1, 32),
+        )
+    except OSError as e:
+        raise LauncherError(f"cannot run torpor-launcher: {e.strerror}") from None
+    finally:
+        for fd in copies:
+            os.close(fd)
+
+
+def _sealed_image() -> int:
+    """The launcher's bytes in a memfd that nobody can write to. Made once per process."""
+    global _memfd
+    with _memfd_lock:
+        if _memfd < 0:
+            _memfd = _make_sealed_image()
+        return _memfd
+
+
+def _make_sealed_image() -> int:
+    try:
+        source = os.open(path(), os.O_RDONLY | os.O_CLOEXEC)
+    except OSError as e:
+        raise LauncherError(
+            f"torpor is installed without its launcher ({path()}: {e.strerror}): reinstall the wheel"
+        ) from None
+    try:
+        low = os.memfd_create("torpor-launcher", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        try:
+            image = fcntl.fcntl(low, fcntl.F_DUPFD_CLOEXEC, _FIRST_PRIVATE_FD)
+        finally:
+            os.close(low)
+        offset, size = 0, os.fstat(source).st_size
+        while offset < size:
+            offset += os.sendfile(image, source, offset, size - offset)
+        fcntl.fcntl(image, fcntl.F_ADD_SEALS, _ALL_SEALS)
+        return image
+    finally:
+        os.close(source)
