@@ -24,6 +24,7 @@ mod read;
 #[cfg(test)]
 mod testing;
 mod write;
+mod writeback;
 
 pub use error::Error;
 pub use header::HeaderInfo;

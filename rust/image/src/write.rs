@@ -14,6 +14,7 @@ use crate::layout::{
     PageRun, SectionInfo, SectionKind, TRAILER_DIGESTED, Trailer, align_up, is_name,
 };
 use crate::place::{Naming, Place};
+use crate::writeback::Writeback;
 
 /// Pieces up to this size are gathered into larger writes; what is larger goes to the kernel from where it lies.
 const GATHER: usize = 64 << 10;
@@ -36,6 +37,7 @@ pub struct Committed {
 #[derive(Debug)]
 pub struct Writer {
     place: Place,
+    writeback: Writeback,
     buffer: Vec<u8>,
     /// Offset in the file of the next byte.
     position: u64,
@@ -63,6 +65,7 @@ impl Writer {
         let place = Place::claim(dir, naming)?;
         let mut writer = Writer {
             place,
+            writeback: Writeback::new(),
             buffer: Vec::with_capacity(BUFFER),
             position: 0,
             blocks: BlockTable::new(),
@@ -220,6 +223,7 @@ impl Writer {
         self.pad(ALIGN)?;
         let digest = self.put_footer(data_end - DATA_START, &table)?;
         self.flush()?;
+        self.writeback.stop();
         let path = self.place.target();
         self.place
             .file()
@@ -338,6 +342,8 @@ impl Writer {
             self.buffer.extend_from_slice(data);
         }
         self.position += data.len() as u64;
+        let written = self.position - self.buffer.len() as u64;
+        self.writeback.reached(self.place.file(), written);
         Ok(())
     }
 

@@ -1,0 +1,77 @@
+//! The image of `tests/golden/v1`: everything that format 1.0 has, with the same bytes on every machine and every day.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use serde::{Deserialize, Serialize};
+use torpor_image::{BlobRef, Committed, Error, HeaderInfo, PageRun, Writer};
+
+#[derive(Debug, PartialEq, Serialize, Deserialize)]
+pub struct Metadata {
+    pub comm: String,
+    pub pids: Vec<u32>,
+    pub xstate: BlobRef,
+    pub pipe: BlobRef,
+}
+
+#[derive(Debug, PartialEq, Serialize, Deserialize)]
+pub struct Container {
+    pub id: String,
+}
+
+pub const PIPE: &[u8] = b"bytes that were in a pipe";
+
+pub fn header() -> HeaderInfo {
+    HeaderInfo {
+        arch: "x86_64".to_owned(),
+        page_size: 4096,
+        uuid: "6f1c2f0e-5d0c-4c55-9c3e-0d6b7f1d2a11".to_owned(),
+        created: "2026-11-24T12:00:00Z".to_owned(),
+        torpor: "0.1.0".to_owned(),
+        requires: Vec::new(),
+        extra: BTreeMap::new(),
+    }
+}
+
+pub fn page(seed: u8) -> Vec<u8> {
+    (0..4096_u32).map(|at| (at / 16) as u8 ^ seed).collect()
+}
+
+pub fn xstate() -> Vec<u8> {
+    (0..832_u32).map(|at| (at % 251) as u8).collect()
+}
+
+pub fn container() -> Container {
+    Container {
+        id: "golden".to_owned(),
+    }
+}
+
+/// Runs in the order of the index.
+pub fn runs() -> [PageRun; 4] {
+    [
+        PageRun::data(1, 0x40_0000, 0x1000, 2),
+        PageRun::zero(1, 0x40_2000, 510),
+        PageRun::data(1, 0x7fff_f000_0000, 0x4000, 1),
+        // The same page as the one before: stored once.
+        PageRun::data(2, 0, 0x4000, 1),
+    ]
+}
+
+pub fn write(dir: &Path) -> Result<Committed, Error> {
+    let mut writer = Writer::create(dir, header())?;
+    writer.append_pages(&[page(1), page(2)].concat())?;
+    let xstate = writer.append_blob(&xstate())?;
+    let pipe = writer.append_blob_from(&mut &PIPE[..], Some(PIPE.len() as u64))?;
+    writer.append_pages(&page(3))?;
+    runs().into_iter().rev().for_each(|run| writer.push_run(run));
+    let metadata = Metadata {
+        comm: "golden".to_owned(),
+        pids: vec![1, 7],
+        xstate,
+        pipe,
+    };
+    writer.add_section("metadata", &metadata)?;
+    writer.add_section("container", &container())?;
+    writer.commit()
+}

@@ -1,0 +1,64 @@
+//! Images of released versions stay readable for ever.
+#![allow(clippy::unwrap_used, reason = "a test that panics has failed, as it should")]
+
+#[path = "../examples/golden/image.rs"]
+mod image;
+mod support;
+
+use std::fs;
+use std::path::PathBuf;
+
+use support::Scratch;
+use torpor_image::{MINOR, Reader};
+
+fn golden(version: &str) -> PathBuf {
+    PathBuf::from(env!("CARGO_MANIFEST_DIR"))
+        .join("../../tests/golden")
+        .join(version)
+}
+
+#[test]
+fn version_1_is_read() {
+    let reader = Reader::open_foreign(&golden("v1")).unwrap();
+    reader.verify().unwrap();
+    assert_eq!(reader.version(), (1, 0));
+    assert_eq!(*reader.header(), image::header());
+    assert_eq!(reader.digest(), "20f6e33788806ed9925172a7d08ff6a6");
+    assert_eq!(reader.runs(), image::runs());
+    for (run, expected) in reader.runs().iter().zip([
+        [image::page(1), image::page(2)].concat(),
+        vec![],
+        image::page(3),
+        image::page(3),
+    ]) {
+        if !run.is_zero() {
+            let mut bytes = vec![0; run.bytes() as usize];
+            reader.read_at(run.offset, &mut bytes).unwrap();
+            assert_eq!(bytes, expected);
+        }
+    }
+    let metadata: image::Metadata = reader.section("metadata").unwrap();
+    assert_eq!(
+        (metadata.comm.as_str(), metadata.pids.as_slice()),
+        ("golden", [1, 7].as_slice())
+    );
+    assert_eq!(reader.blob(metadata.xstate).unwrap(), image::xstate());
+    assert_eq!(reader.blob(metadata.pipe).unwrap(), image::PIPE);
+    assert_eq!(
+        reader.section::<image::Container>("container").unwrap(),
+        image::container()
+    );
+}
+
+/// A change of the bytes that a writer makes is a new version, and a new golden image beside this one.
+#[test]
+fn version_1_0_is_still_what_is_written() {
+    assert_eq!(
+        MINOR, 0,
+        "add the golden image of the new version, and compare with that one"
+    );
+    let scratch = Scratch::new();
+    let committed = image::write(scratch.path()).unwrap();
+    let old = fs::read(golden("v1").join("checkpoint.img")).unwrap();
+    assert!(fs::read(committed.path).unwrap() == old);
+}
