@@ -6,7 +6,7 @@
 
 use std::fmt;
 use std::fs::File;
-use std::io::{self, Read, Write};
+use std::io::{Read, Write};
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::sync::Arc;
 
@@ -17,7 +17,7 @@ use tracing::field::{Field, Visit};
 use tracing::span;
 use tracing::{Event, Level, Metadata, Subscriber};
 
-use crate::error::Error;
+use crate::error::{Error, one_line};
 
 /// One write of at most this many bytes to a pipe is never mixed with another's.
 const ATOMIC: usize = libc::PIPE_BUF;
@@ -85,46 +85,76 @@ impl Causes {
 
     /// The error to report for `error`, which libcontainer returned.
     pub fn explain(mut self, error: &dyn std::error::Error) -> Error {
-        match first(&mut self.0) {
-            Some(cause) if cause.ours => Error::BadSpec(cause.message),
-            Some(cause) => Error::Container(cause.message),
-            None => Error::Container(crate::error::one_line(error)),
+        let causes = read(&mut self.0);
+        match causes.iter().find(|cause| cause.ours) {
+            Some(cause) => Error::BadSpec(cause.message.clone()),
+            None => Error::Container(theirs(&causes).unwrap_or_else(|| one_line(error))),
         }
     }
 }
 
-/// The error written to `file`, if any; blocks until the writers are gone unless `file` is non-blocking.
-pub fn first(file: &mut File) -> Option<Cause> {
-    let mut text = Vec::new();
-    match file.read_to_end(&mut text) {
-        Ok(_) => {}
-        Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
-        Err(_) => return None,
-    }
-    let causes: Vec<Cause> = text
-        .split(|byte| *byte == b'\n')
-        .filter_map(|line| serde_json::from_slice(line).ok())
-        .collect();
-    let ours = causes.iter().find(|cause| cause.ours);
-    ours.or(causes.first()).cloned()
+/// The error our executor has written to `file`, if any; waits for the writers to go, unless `file` is non-blocking.
+pub fn ours(file: &mut File) -> Option<Error> {
+    let mut causes = read(file).into_iter();
+    let cause = causes.find(|cause| cause.ours)?;
+    Some(Error::BadSpec(cause.message))
 }
 
-/// As `first`, for a file whose writers may live on: waits for none of them.
+fn read(file: &mut File) -> Vec<Cause> {
+    let mut text = Vec::new();
+    // An error is a pipe that is empty but still open; what was read before it counts.
+    let _ = file.read_to_end(&mut text);
+    let lines = text.split(|byte| *byte == b'\n');
+    lines.filter_map(|line| serde_json::from_slice(line).ok()).collect()
+}
+
+/// The innermost event says best what failed, but some leave out why; an outer one has it then.
+fn theirs(causes: &[Cause]) -> Option<String> {
+    let first = causes.first()?;
+    let mount = causes.iter().find_map(|cause| mount(&cause.message));
+    let what = mount.unwrap_or_else(|| first.message.clone());
+    let what = what.split(" (os error").next().unwrap_or(&what);
+    let Some(errno) = causes.iter().find_map(|cause| errno_in(&cause.message)) else {
+        return Some(what.to_owned());
+    };
+    let why = lower(errno.desc());
+    if what.to_lowercase().contains(&why) {
+        return Some(what.to_owned());
+    }
+    Some(format!("{what}: {why}"))
+}
+
+/// `failed to mount Mount { destination: "/x", .. source: Some("/y"), .. }: syscall` as a person would say it.
+fn mount(message: &str) -> Option<String> {
+    let (_, mount) = message.split_once("failed to mount Mount {")?;
+    let quoted = |label: &str| Some(mount.split_once(label)?.1.split_once('"')?.0);
+    let destination = quoted("destination: \"")?;
+    match quoted("source: Some(\"") {
+        Some(source) => Some(format!("mount {source} to {destination}")),
+        None => Some(format!("mount {destination}")),
+    }
+}
+
+/// The errno in a text: its name, as in `Nix(ENOENT)`, or its description.
+fn errno_in(text: &str) -> Option<Errno> {
+    let is_name = |c: char| c.is_ascii_uppercase() || c.is_ascii_digit();
+    let names = text
+        .split(|c| !is_name(c))
+        .filter(|word| word.len() > 2 && word.starts_with('E'));
+    let mut all = (1..=133)
+        .map(Errno::from_raw)
+        .filter(|errno| *errno != Errno::UnknownErrno);
+    let named = names.into_iter().find_map(errno_named);
+    let text = text.to_lowercase();
+    named.or_else(|| all.find(|errno| text.contains(&errno.desc().to_lowercase())))
+}
+
+/// Whether reading `file` waits for its writers.
 pub fn blocking(file: &File, wait: bool) -> Result<(), Error> {
     let flags = if wait { OFlag::empty() } else { OFlag::O_NONBLOCK };
     fcntl(file.as_raw_fd(), FcntlArg::F_SETFL(flags))
         .map(|_| ())
         .map_err(Error::call("set a pipe's mode"))
-}
-
-impl Cause {
-    pub fn into_error(self) -> Error {
-        if self.ours {
-            Error::BadSpec(self.message)
-        } else {
-            Error::Container(self.message)
-        }
-    }
 }
 
 /// Sends error events of `tracing` to the sink, and all to stderr when debugging.
@@ -178,7 +208,7 @@ impl Visit for Text {
         let value = format!("{value:?}");
         match field.name() {
             "message" => self.message = value,
-            "err" | "error" | "e" | "ret" => self.cause = plain(&value),
+            "err" | "error" | "e" | "ret" => self.cause = plain(value),
             name => self.others.push(format!("{name}={value}")),
         }
     }
@@ -197,22 +227,11 @@ impl fmt::Display for Text {
     }
 }
 
-/// The reason in the debug form of an error, which is all that libcontainer logs: `Nix(ENOENT)`, or
-/// `Os { code: 2, message: "No such file or directory" }`.
-fn plain(debug: &str) -> String {
-    if let Some((_, rest)) = debug.split_once("message: \"")
-        && let Some((message, _)) = rest.split_once('"')
-    {
-        return lower(message);
-    }
-    let is_name = |c: char| c.is_ascii_uppercase() || c.is_ascii_digit();
-    let known = debug
-        .split(|c| !is_name(c))
-        .filter(|word| word.len() > 2 && word.starts_with('E'))
-        .find_map(errno_named);
-    match known {
+/// Errors are logged in their debug form, which says less to people than the errno in it.
+fn plain(debug: String) -> String {
+    match errno_in(&debug) {
         Some(errno) => lower(errno.desc()),
-        None => debug.trim_matches('"').to_owned(),
+        None => debug,
     }
 }
 
@@ -232,15 +251,30 @@ pub fn lower(text: &str) -> String {
 
 #[cfg(test)]
 mod tests {
-    use super::plain;
+    use super::{Cause, theirs};
+
+    fn event(message: &str) -> Cause {
+        Cause {
+            ours: false,
+            message: message.to_owned(),
+        }
+    }
 
     #[test]
-    fn reasons_are_found_in_debug_text() {
-        assert_eq!(plain("Syscall(Nix(ENOENT))"), "no such file or directory");
+    fn the_reason_comes_from_whichever_event_has_it() {
+        let events = [
+            event(
+                "failed to mount Mount { destination: \"/x\", typ: None, source: Some(\"tmpfs\"), options: None }: syscall",
+            ),
+            event("failed to prepare rootfs: invalid argument"),
+        ];
+        assert_eq!(theirs(&events).as_deref(), Some("mount tmpfs to /x: invalid argument"));
+        let events = [event(
+            "failed to canonicalize \"/nonexist\": No such file or directory (os error 2)",
+        )];
         assert_eq!(
-            plain(r#"Io(Os { code: 13, kind: PermissionDenied, message: "Permission denied" })"#),
-            "permission denied"
+            theirs(&events).as_deref(),
+            Some("failed to canonicalize \"/nonexist\": No such file or directory")
         );
-        assert_eq!(plain("Custom(\"odd\")"), "Custom(\"odd\")");
     }
 }

@@ -7,7 +7,7 @@ use std::path::Path;
 
 use libcontainer::container::builder::ContainerBuilder;
 use libcontainer::container::{ContainerStatus, State};
-use libcontainer::oci_spec::runtime::{Hook, Spec};
+use libcontainer::oci_spec::runtime::{Hook, Process, Spec};
 use libcontainer::syscall::syscall::SyscallType;
 use nix::fcntl::{Flock, FlockArg};
 use nix::sys::stat::{Mode, umask};
@@ -36,9 +36,9 @@ pub fn run(flags: &Flags, report: &mut Report) -> Result<i32, Error> {
         .map_err(|error| Error::BadSpec(format!("bundle {}: {error}", bundle.display())))?;
     let preserve = preserved(flags, report)?;
     let mut spec = spec::load(&flags.needed_path("spec")?, &bundle)?;
+    check_console(spec.process().as_ref(), flags)?;
     let given = spec.linux().as_ref().and_then(|linux| linux.cgroups_path().clone());
     let cgroup = Cgroup::choose(given.as_deref(), flags.has("systemd-cgroup"), &layout)?;
-    cgroup.check_unused()?;
 
     // Mount points and the like are made with this mask; the caller's may be anything.
     umask(Mode::from_bits_truncate(0o022));
@@ -96,6 +96,7 @@ fn prepare(
     debug: bool,
     report: &Report,
 ) -> Result<Site, Error> {
+    cgroup.check_unused()?;
     let lock = lock(&layout.lock())?;
     let ground = spec::ground(spec);
     let mut warnings = Vec::new();
@@ -232,6 +233,20 @@ fn announce(layout: &Layout, built: Built, flags: &Flags, preserve: i32, report:
 /// Digits only, and at once: clients take the file's appearance for the end of `create`.
 pub fn write_pid(path: &Path, pid: Pid) -> Result<(), Error> {
     replace(path, pid.to_string().as_bytes())
+}
+
+/// A terminal needs somebody to hold its other end, who gets it through the socket.
+pub fn check_console(process: Option<&Process>, flags: &Flags) -> Result<(), Error> {
+    let terminal = process.and_then(Process::terminal).unwrap_or(false);
+    match (terminal, flags.has("console-socket")) {
+        (true, false) => Err(Error::BadSpec(
+            "process.terminal is set: it needs --console-socket".to_owned(),
+        )),
+        (false, true) => Err(Error::BadSpec(
+            "--console-socket is given, but process.terminal is not set".to_owned(),
+        )),
+        _ => Ok(()),
+    }
 }
 
 /// The descriptors 3.. that go to the program. All must be open: else libcontainer's own would land among them.

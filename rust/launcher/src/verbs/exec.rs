@@ -24,7 +24,7 @@ use crate::record::{Init, Record, save};
 use crate::report::Report;
 use crate::spec;
 use crate::supervise;
-use crate::verbs::create::{close_preserved, preserved, write_pid};
+use crate::verbs::create::{check_console, close_preserved, preserved, write_pid};
 use crate::workload::{Plan, Workload};
 
 pub fn run(flags: &Flags, report: &mut Report) -> Result<i32, Error> {
@@ -37,6 +37,7 @@ pub fn run(flags: &Flags, report: &mut Report) -> Result<i32, Error> {
     }
     let preserve = preserved(flags, report)?;
     let mut process = load(&flags.needed_path("process")?)?;
+    check_console(Some(&process), flags)?;
     // The process has the host's rights until it joins the container's user namespace.
     let outside = Ground { user_namespace: false };
     let mut warnings = Vec::new();

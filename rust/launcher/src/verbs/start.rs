@@ -8,7 +8,7 @@ use libcontainer::hooks::run_hooks;
 use libcontainer::notify_socket::{NOTIFY_FILE, NotifySocket};
 use serde_json::json;
 
-use crate::causes::{blocking, first};
+use crate::causes::{blocking, ours};
 use crate::error::{Error, one_line};
 use crate::flags::Flags;
 use crate::layout::Layout;
@@ -30,8 +30,8 @@ pub fn run(flags: &Flags, report: &mut Report) -> Result<i32, Error> {
         .map_err(|error| Error::Container(one_line(&error)))?;
     // Init has the only other end, which closes itself when the program is executed.
     blocking(&gate, true)?;
-    if let Some(cause) = first(&mut gate) {
-        return Err(cause.into_error());
+    if let Some(error) = ours(&mut gate) {
+        return Err(error);
     }
     mark_running(&mut container)?;
     let warnings = poststart(&layout, &record, &container);
