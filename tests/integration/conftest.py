@@ -9,6 +9,7 @@ import pytest
 from support import bundles, leaks
 from support.bundles import HostRoot
 from support.cli import Container, Torpor, new_id
+from support.workloads import WORKLOADS, Stage
 
 pytestmark = pytest.mark.requires("root")
 
@@ -39,24 +40,31 @@ def leak_check(request: pytest.FixtureRequest, tmp: Path) -> Iterator[None]:
 
 
 @pytest.fixture
-def torpor(leak_check: None, tmp: Path) -> Iterator[Torpor]:
+def torpor(leak_check: None, host_root: object, tmp: Path) -> Iterator[Torpor]:
+    # set up after host_root, so that containers are gone before the roots they run on are unmounted
     command = Torpor(tmp)
     yield command
     command.clean_up()
 
 
 @pytest.fixture
-def host_root(leak_check: None, tmp: Path) -> Iterator[Callable[[], HostRoot]]:
+def host_root(leak_check: None, tmp: Path) -> Iterator[Callable[..., HostRoot]]:
     """Make a root file system of the host's files under an overlay of its own."""
     made: list[HostRoot] = []
 
-    def make() -> HostRoot:
-        made.append(HostRoot(tmp / f"host{len(made)}"))
+    def make(copy_of: Path | None = None) -> HostRoot:
+        made.append(HostRoot(tmp / f"host{len(made)}", copy_of))
         return made[-1]
 
     yield make
     for root in made:
         root.close()
+
+
+@pytest.fixture
+def stage(torpor: Torpor, tmp: Path, host_root: Callable[..., HostRoot]) -> Callable[[str], Stage]:
+    """Prepare one of the programs of tests/workloads by its name."""
+    return lambda name: Stage(torpor, tmp, host_root, WORKLOADS[name])
 
 
 @pytest.fixture
@@ -83,7 +91,8 @@ trap 'n=$((n+1)); echo "OK $n"' USR1
 trap 'exit 0' TERM
 n=0
 echo READY
-while :; do sleep 1000 & wait $!; done
+sleep 1000000 &
+while :; do wait $!; done
 """
 
 # Counts ten times a second, in memory; the answer says how far it is.

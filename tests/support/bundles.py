@@ -90,7 +90,7 @@ def write(bundle: Path, config: dict[str, Any]) -> Path:
 
 def busybox_root(at: Path) -> Path:
     """A root file system with busybox-static and nothing else, made anew at `at`."""
-    for name in ("bin", "dev", "etc", "proc", "root", "sys", "tmp", "var", "work"):
+    for name in ("bin", "dev", "etc", "proc", "root", "sys", "tmp", "var", "wl"):
         (at / name).mkdir(parents=True, exist_ok=True)
     (at / "tmp").chmod(0o1777)
     shutil.copy2("/bin/busybox", at / "bin" / "busybox")
@@ -115,14 +115,20 @@ def _applets() -> list[str]:
 class HostRoot:
     """The host's own files, read-only, under an overlay at DIR/rootfs; what the container writes lands in DIR/upper."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, copy_of: Path | None = None) -> None:
+        """With `copy_of`, what is in that upper directory is there from the beginning."""
         self.directory = directory
         self.path = directory / "rootfs"
-        for name in ("rootfs", "upper", "work"):
+        for name in ("rootfs", "work"):
             (directory / name).mkdir(parents=True)
+        if copy_of is None:
+            (directory / "upper").mkdir()
+        else:
+            # -a keeps overlayfs's own attributes
+            subprocess.run(["cp", "-a", str(copy_of), str(directory / "upper")], check=True)
         options = f"lowerdir=/,upperdir={directory}/upper,workdir={directory}/work"
         subprocess.run(["mount", "-t", "overlay", "overlay", "-o", options, str(self.path)], check=True)
-        (self.path / "work").mkdir(exist_ok=True)
+        (self.path / "wl").mkdir(exist_ok=True)
 
     def close(self) -> None:
         if os.path.ismount(self.path):
