@@ -1,1 +1,23 @@
+//! The engine: it takes a running container apart into an image, and puts an image together into a container.
+//!
+//! [`checkpoint()`] and [`restore()`] are its two flows; each is a list of [`stage::Stage`]s. `kinds` holds one
+//! file for each kind of state. It knows nothing of OCI or Python.
+#![forbid(unsafe_code)]
 
+pub mod build;
+pub mod capture;
+pub mod checkpoint;
+pub mod collect;
+pub mod error;
+pub mod fill;
+pub mod freeze;
+pub mod inspect;
+pub mod kinds;
+pub mod model;
+pub mod plan;
+pub mod restore;
+pub mod stage;
+
+pub use checkpoint::checkpoint;
+pub use error::Error;
+pub use restore::restore;

@@ -117,6 +117,11 @@ impl Freezer {
         Error::Timeout { pid, ms: 10_000, state: state(&pid).to_string(), wchan }
     }
 
+    /// Asks for the group to be frozen without waiting: its tasks freeze when their tracer lets them go.
+    pub fn pause_later(&self) -> Result<()> {
+        self.write(if self.v2 { "cgroup.freeze" } else { "freezer.state" }, if self.v2 { "1" } else { "FROZEN" })
+    }
+
     /// Lets the group run.
     pub fn thaw(&self) -> Result<()> {
         self.write(if self.v2 { "cgroup.freeze" } else { "freezer.state" }, if self.v2 { "0" } else { "THAWED" })

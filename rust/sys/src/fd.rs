@@ -177,3 +177,130 @@ pub fn send_fds(socket: impl AsFd, fds: &[&OwnedFd]) -> Result<()> {
         .map_err(|errno| Error::Call { call: "sendmsg", object: format!("{} descriptors", raw.len()), errno })?;
     Ok(())
 }
+
+/// Opens a path as a process whose root is `root` would see it: links cannot lead out (openat2(2),
+/// RESOLVE_IN_ROOT).
+pub fn open_in_root(root: impl AsFd, path: &str, flags: i32) -> Result<OwnedFd> {
+    const RESOLVE_IN_ROOT: u64 = 0x10;
+    let c = c_string(path)?;
+    let how = [(flags | libc::O_CLOEXEC) as u64, 0, RESOLVE_IN_ROOT];
+    // SAFETY: c is a C string and how has the layout of struct open_how.
+    let fd = unsafe {
+        libc::syscall(libc::SYS_openat2, root.as_fd().as_raw_fd(), c.as_ptr(), how.as_ptr(), size_of_val(&how))
+    };
+    let fd = check(fd, "openat2", path)?;
+    // SAFETY: the kernel just gave us this descriptor.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd as i32) })
+}
+
+/// memfd_create(2).
+pub fn memfd(name: &str, flags: u32) -> Result<OwnedFd> {
+    let c = c_string(name)?;
+    // SAFETY: c is a C string.
+    let fd = unsafe { libc::memfd_create(c.as_ptr(), flags | libc::MFD_CLOEXEC) };
+    check(fd.into(), "memfd_create", name)?;
+    // SAFETY: the kernel just gave us this descriptor.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+/// eventfd(2).
+pub fn eventfd(count: u32, flags: i32) -> Result<OwnedFd> {
+    // SAFETY: plain numbers.
+    let fd = unsafe { libc::eventfd(count, flags | libc::EFD_CLOEXEC) };
+    check(fd.into(), "eventfd", count)?;
+    // SAFETY: the kernel just gave us this descriptor.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+/// epoll_create1(2).
+pub fn epoll() -> Result<OwnedFd> {
+    // SAFETY: plain numbers.
+    let fd = unsafe { libc::epoll_create1(libc::EPOLL_CLOEXEC) };
+    check(fd.into(), "epoll_create1", "")?;
+    // SAFETY: the kernel just gave us this descriptor.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+/// The file behind a shared anonymous mapping of `len` bytes, as mmap(2) makes it.
+pub fn shared_anonymous(len: u64) -> Result<OwnedFd> {
+    // SAFETY: a new mapping at an address of the kernel's choice, unmapped below.
+    let base = unsafe {
+        libc::mmap(
+            std::ptr::null_mut(),
+            len as usize,
+            libc::PROT_READ | libc::PROT_WRITE,
+            libc::MAP_SHARED | libc::MAP_ANONYMOUS,
+            -1,
+            0,
+        )
+    };
+    if base == libc::MAP_FAILED {
+        return Err(Error::last("mmap", format!("{len} bytes of shared memory")));
+    }
+    let start = base as u64;
+    let end = start + len.next_multiple_of(crate::PAGE_SIZE);
+    let file = open(&format!("/proc/self/map_files/{start:x}-{end:x}"), libc::O_RDWR);
+    // SAFETY: exactly what was mapped above.
+    unsafe { libc::munmap(base, len as usize) };
+    file
+}
+
+/// Another open file description of the same file (open(2) on /proc/self/fd/N).
+pub fn reopen(fd: impl AsFd, flags: i32) -> Result<OwnedFd> {
+    open(&format!("/proc/self/fd/{}", fd.as_fd().as_raw_fd()), flags)
+}
+
+/// lseek(2) to an absolute position.
+pub fn seek(fd: impl AsFd, pos: i64) -> Result<()> {
+    let fd = fd.as_fd().as_raw_fd();
+    // SAFETY: plain numbers.
+    check(unsafe { libc::lseek(fd, pos, libc::SEEK_SET) }, "lseek", fd).map(drop)
+}
+
+/// ftruncate(2).
+pub fn truncate(fd: impl AsFd, size: u64) -> Result<()> {
+    let fd = fd.as_fd().as_raw_fd();
+    // SAFETY: plain numbers.
+    check(unsafe { libc::ftruncate(fd, size as i64) }.into(), "ftruncate", fd).map(drop)
+}
+
+/// fchmod(2) and fchown(2).
+pub fn set_owner(fd: impl AsFd, mode: u32, uid: u32, gid: u32) -> Result<()> {
+    let fd = fd.as_fd().as_raw_fd();
+    // SAFETY: plain numbers.
+    check(unsafe { libc::fchown(fd, uid, gid) }.into(), "fchown", fd)?;
+    // SAFETY: plain numbers.
+    check(unsafe { libc::fchmod(fd, mode & 0o7777) }.into(), "fchmod", fd).map(drop)
+}
+
+/// What poll(2) says of a file right now.
+pub fn poll_now(fd: impl AsFd) -> i16 {
+    let mut poll = libc::pollfd { fd: fd.as_fd().as_raw_fd(), events: libc::POLLIN | libc::POLLOUT, revents: 0 };
+    // SAFETY: one valid pollfd.
+    unsafe { libc::poll(&raw mut poll, 1, 0) };
+    poll.revents
+}
+
+/// Lets this process have as many descriptors as it may.
+pub fn raise_limit() {
+    let mut limit = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
+    // SAFETY: limit is room for the result, then the value to set.
+    unsafe {
+        libc::getrlimit(libc::RLIMIT_NOFILE, &raw mut limit);
+        limit.rlim_cur = limit.rlim_max;
+        libc::setrlimit(libc::RLIMIT_NOFILE, &raw const limit);
+    }
+}
+
+/// The address family of a socket (SO_DOMAIN).
+pub fn socket_domain(fd: impl AsFd) -> Result<i32> {
+    let fd = fd.as_fd().as_raw_fd();
+    let mut domain: i32 = 0;
+    let mut len: libc::socklen_t = 4;
+    // SAFETY: domain and len are room for the result.
+    let ret = unsafe {
+        libc::getsockopt(fd, libc::SOL_SOCKET, libc::SO_DOMAIN, (&raw mut domain).cast(), &raw mut len)
+    };
+    check(ret.into(), "getsockopt", fd)?;
+    Ok(domain)
+}

@@ -36,6 +36,8 @@ pub fn become_independent(name: &std::ffi::CStr, keep: &[RawFd]) -> Result<()> {
         }
         // A write to a reader that is gone must be an error, not the end of a half done undo.
         libc::signal(libc::SIGPIPE, libc::SIG_IGN);
+        // So must one past a file size limit: EFBIG is reported, a killed tracer reports nothing.
+        libc::signal(libc::SIGXFSZ, libc::SIG_IGN);
         let mut none: libc::sigset_t = std::mem::zeroed();
         libc::sigemptyset(&raw mut none);
         libc::pthread_sigmask(libc::SIG_SETMASK, &raw const none, std::ptr::null_mut());
@@ -126,4 +128,18 @@ pub fn exec(program: &std::ffi::CStr, args: &[std::ffi::CString]) -> crate::Erro
     // SAFETY: both arrays end in null and hold C strings that live over the call.
     unsafe { libc::execve(program.as_ptr(), argv.as_ptr(), env.as_ptr()) };
     crate::Error::last("execve", program.to_string_lossy())
+}
+
+/// Reads what there is, waiting at most `ms` milliseconds. Empty at the end, `None` when the time ran out.
+pub fn read_for(file: &std::fs::File, ms: i32) -> Result<Option<Vec<u8>>> {
+    let mut poll = libc::pollfd { fd: file.as_raw_fd(), events: libc::POLLIN, revents: 0 };
+    // SAFETY: one valid pollfd.
+    if unsafe { libc::poll(&raw mut poll, 1, ms) } <= 0 {
+        return Ok(None);
+    }
+    let mut bytes = vec![0; 64 * 1024];
+    let mut reader = file;
+    let got = std::io::Read::read(&mut reader, &mut bytes).map_err(|e| crate::Error::io("read", "tracer", &e))?;
+    bytes.truncate(got);
+    Ok(Some(bytes))
 }

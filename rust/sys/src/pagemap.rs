@@ -58,6 +58,11 @@ impl Pagemap {
         Ok(map)
     }
 
+    /// Whether the kernel has PAGEMAP_SCAN.
+    pub fn can_scan(&self) -> bool {
+        self.can_scan
+    }
+
     /// The ranges of [start, end) whose pages belong to the process alone and hold data: present or swapped
     /// out, not the zero page, not a page of a file. Adjacent ranges come as one. `out` is appended to.
     pub fn private_data(&self, start: u64, end: u64, out: &mut Vec<(u64, u64)>) -> Result<()> {

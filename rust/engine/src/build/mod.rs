@@ -1,0 +1,227 @@
+//! From a blank process to a whole tree, stopped and complete but for the bytes of memory.
+//!
+//! The container's init waits in the launcher, with all privileges. It is seized there, emptied but for the stub,
+//! and everything else grows from it: children by clone3(2) with their old ids, then each process's files,
+//! mappings and settings. All of it carries PTRACE_O_EXITKILL: half a container never outlives its tracer.
+
+mod descriptors;
+mod objects;
+mod process;
+mod thread;
+mod tree;
+
+use std::collections::BTreeMap;
+use std::os::fd::OwnedFd;
+use std::time::{Duration, Instant};
+
+use torpor_image::Reader;
+use torpor_sys::ptrace::{self, Options};
+use torpor_sys::remote::site::{self, Place};
+use torpor_sys::remote::{Batch, Site};
+use torpor_sys::wait::{self, Event};
+use torpor_sys::{PAGE_SIZE, Pid, fork, pidfd, proc};
+
+use crate::error::{About, Error, Result};
+use crate::kinds::{memory, vdso};
+use crate::model::Inventory;
+use crate::stage::Cancel;
+
+pub use objects::Objects;
+
+const TABLE: u64 = 512 * 1024;
+const LIMIT: Duration = Duration::from_secs(10);
+
+/// A tree of processes that is being built. Dropping it ends all of them.
+#[derive(Debug)]
+pub struct Skeleton {
+    /// The container's init, in our pid namespace.
+    pub init: Pid,
+    /// Main threads by the container's process id.
+    pub sites: BTreeMap<i32, Site>,
+    /// Other threads: (container's thread id, site), by the container's process id.
+    pub threads: BTreeMap<i32, Vec<(i32, Site)>>,
+    /// What init's standard streams were.
+    pub stdio: [Option<OwnedFd>; 3],
+    /// Where a `syscall` instruction is in the vdso, from its start.
+    pub syscall_offset: u64,
+    /// Start and length of the kernel's parts in the blank process.
+    kernel: Vec<(u64, u64)>,
+    place: Place,
+    /// Our end of the socket that every process of the tree has at number `base`.
+    transport: Option<OwnedFd>,
+    /// Descriptors from here on are ours while we build.
+    base: i32,
+    all: Vec<Pid>,
+    done: bool,
+}
+
+impl Drop for Skeleton {
+    fn drop(&mut self) {
+        if self.done {
+            return;
+        }
+        let _ = fork::kill(self.init, 9);
+        let end = Instant::now() + LIMIT;
+        for tid in self.all.iter().rev() {
+            while let Ok(event) = wait::until(*tid, end.saturating_duration_since(Instant::now())) {
+                match event {
+                    Event::Exited(_) | Event::Killed(_) => break,
+                    _ => drop(ptrace::cont(*tid, 0)),
+                }
+            }
+        }
+    }
+}
+
+/// Builds the whole tree of `inventory` out of the waiting process `init`.
+pub fn build(inventory: &Inventory, image: &Reader, init: Pid, cancel: &Cancel) -> Result<(Skeleton, Objects)> {
+    let mut skeleton = Skeleton::seize(inventory, init)?;
+    skeleton.empty()?;
+    skeleton.connect()?;
+    skeleton.grow(inventory)?;
+    let objects = objects::rebuild(&skeleton, inventory, image, cancel)?;
+    for process in &inventory.processes {
+        cancel.check()?;
+        if let Some(body) = &process.body {
+            skeleton.map(process.pid, body, &objects)?;
+        }
+    }
+    Ok((skeleton, objects))
+}
+
+impl Skeleton {
+    /// Takes hold of the blank process and gives it the stub.
+    fn seize(inventory: &Inventory, init: Pid) -> Result<Skeleton> {
+        let options = Options::EXIT_KILL
+            .and(Options::SUSPEND_SECCOMP)
+            .and(Options::FOLLOW)
+            .and(Options::MARK_SYSCALLS);
+        ptrace::seize(init, options).about(init, "init")?;
+        ptrace::interrupt(init).about(init, "init")?;
+        wait_stop(init)?;
+        ptrace::set_sigmask(init, !(1 << (libc::SIGTRAP - 1))).about(init, "init")?;
+        let vmas = proc::maps(init).about(init, "maps")?;
+        let kernel: Vec<(u64, u64)> = vmas.iter().filter(|v| vdso::is_part(v)).map(|v| (v.start, v.len())).collect();
+        let bodies = || inventory.processes.iter().filter_map(|p| p.body.as_ref());
+        let mut taken: Vec<(u64, u64)> = vmas.iter().map(|v| (v.start, v.end)).collect();
+        taken.extend(bodies().flat_map(|b| b.memory.areas.iter().map(|a| (a.start, a.end))));
+        taken.extend(bodies().flat_map(|b| b.memory.kernel.iter().map(|k| (k.0, k.0 + k.1))));
+        let parking: u64 = kernel.iter().map(|k| k.1).sum();
+        let base = memory::common_hole(&taken, PAGE_SIZE + TABLE + parking)
+            .ok_or_else(|| Error::unsupported(1, "address space", "the image leaves no room to build it", ""))?;
+        let place = Place { base, table_len: TABLE };
+        let memory = memory::open(init)?;
+        let missing = || Error::unsupported(1, "vdso", "this kernel gives none", "boot it with vdso=1");
+        let syscall_at = vdso::syscall_instruction(&memory, &vmas)?.ok_or_else(missing)?;
+        let code = vmas.iter().find(|v| v.name == "[vdso]").ok_or_else(missing)?;
+        let fds = bodies().flat_map(|b| b.fds.iter().map(|d| d.fd));
+        let mut skeleton = Skeleton {
+            init,
+            sites: BTreeMap::new(),
+            threads: BTreeMap::new(),
+            stdio: stdio(init)?,
+            syscall_offset: syscall_at - code.start,
+            kernel,
+            place,
+            transport: None,
+            base: fds.max().unwrap_or(0).max(15) + 1,
+            all: vec![init],
+            done: false,
+        };
+        skeleton.leave_rseq(syscall_at)?;
+        let site = Site::found(init, place, syscall_at).about(init, "stub")?;
+        skeleton.sites.insert(inventory.processes[0].pid, site);
+        Ok(skeleton)
+    }
+
+    /// The launcher's C library has registered a piece of memory that is about to go.
+    fn leave_rseq(&mut self, syscall_at: u64) -> Result<()> {
+        const UNREGISTER: u64 = 1;
+        if let Some(rseq) = ptrace::rseq(self.init).about(self.init, "rseq")? {
+            let args = [rseq.address, rseq.length.into(), UNREGISTER, rseq.signature.into(), 0, 0];
+            site::call_at(self.init, syscall_at, libc::SYS_rseq, args).about(self.init, "rseq")?;
+        }
+        Ok(())
+    }
+
+    fn root(&self) -> Result<&Site> {
+        self.sites.values().find(|s| s.tid() == self.init).ok_or_else(|| Error::nonsense("no init"))
+    }
+
+    /// Takes everything from the blank process but the stub and the kernel's parts.
+    fn empty(&self) -> Result<()> {
+        let mut keep: Vec<(u64, u64)> = self.kernel.iter().map(|k| (k.0, k.0 + k.1)).collect();
+        keep.push((self.place.base, self.place.base + self.place.len()));
+        keep.sort_unstable();
+        let mut batch = Batch::new();
+        memory::clear(&mut batch, &keep);
+        batch.must("close_range", libc::SYS_close_range, [0.into(), u32::MAX.into(), 0.into()]);
+        batch.must("set_robust_list", libc::SYS_set_robust_list, [0.into(), 24.into()]);
+        batch.must("set_tid_address", libc::SYS_set_tid_address, [0.into()]);
+        self.root()?.run(&batch).about(self.init, "blank process").map(drop)
+    }
+
+    /// Makes the socket over which descriptors are sent in: at the same number in every process, since all
+    /// descend from init.
+    fn connect(&mut self) -> Result<()> {
+        let mut batch = Batch::new();
+        let limit = proc::limits(self.init).about(self.init, "limits")?[libc::RLIMIT_NOFILE as usize];
+        let mut bytes = limit.1.to_le_bytes().to_vec();
+        bytes.extend_from_slice(&limit.1.to_le_bytes());
+        let new = batch.data(&bytes);
+        let which = libc::RLIMIT_NOFILE;
+        batch.must("prlimit64", libc::SYS_prlimit64, [0.into(), which.into(), new.into(), 0.into()]);
+        let pair = batch.room(8);
+        let kind = libc::SOCK_SEQPACKET | libc::SOCK_CLOEXEC;
+        batch.must("socketpair", libc::SYS_socketpair, [libc::AF_UNIX.into(), kind.into(), 0.into(), pair.into()]);
+        let ours = torpor_sys::remote::Arg::Word(pair);
+        let theirs = torpor_sys::remote::Arg::Word(pair.skip(4));
+        batch.must("dup3", libc::SYS_dup3, [theirs, self.base.into(), libc::O_CLOEXEC.into()]);
+        batch.must("close", libc::SYS_close, [theirs]);
+        // The other end has to be pulled out before it is closed, so it is closed by the next batch.
+        let results = self.root()?.run(&batch).about(self.init, "transport")?;
+        let pidfd = pidfd::open(self.init).about(self.init, "pidfd")?;
+        let number = results.i32(pair);
+        self.transport = Some(pidfd::get_fd(&pidfd, number).about(self.init, "transport")?);
+        let mut batch = Batch::new();
+        batch.must("close", libc::SYS_close, [number.into()]);
+        let _ = ours;
+        self.root()?.run(&batch).about(self.init, "transport").map(drop)
+    }
+
+    /// The site of a process.
+    pub fn site(&self, pid: i32) -> Result<&Site> {
+        self.sites.get(&pid).ok_or_else(|| Error::nonsense(format!("no process {pid}")))
+    }
+
+    /// Every thread of the tree, as our pid namespace numbers it.
+    pub fn tids(&self) -> &[Pid] {
+        &self.all
+    }
+
+    /// Nothing is to be ended any more: the tree runs.
+    pub fn finish(mut self) {
+        self.done = true;
+    }
+}
+
+fn wait_stop(tid: Pid) -> Result<()> {
+    loop {
+        match wait::until(tid, LIMIT).about(tid, "init")? {
+            Event::Stopped { event: ptrace::EVENT_STOP, .. } => return Ok(()),
+            Event::Stopped { signal, event: 0 } => ptrace::cont(tid, signal).about(tid, "init")?,
+            Event::Stopped { .. } => ptrace::cont(tid, 0).about(tid, "init")?,
+            Event::Continued => {}
+            Event::Exited(_) | Event::Killed(_) => {
+                let how = "before it could be restored into".into();
+                return Err(torpor_sys::Error::Died { pid: tid, how }).about(tid, "init");
+            }
+        }
+    }
+}
+
+/// Descriptors of ours for the standard streams of the waiting process.
+fn stdio(init: Pid) -> Result<[Option<OwnedFd>; 3]> {
+    let process = pidfd::open(init).about(init, "pidfd")?;
+    Ok([0, 1, 2].map(|n| pidfd::get_fd(&process, n).ok()))
+}

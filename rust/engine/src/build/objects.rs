@@ -1,0 +1,265 @@
+//! What descriptors and mappings refer to, made before any process gets it. Files with a name are opened by init
+//! itself, so that its mounts and rights decide; the rest is made here and sent in.
+
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::FileExt;
+
+use torpor_image::Reader;
+use torpor_sys::mem::Mapping;
+use torpor_sys::remote::Batch;
+use torpor_sys::{PAGE_SIZE, fd, pidfd};
+
+use super::Skeleton;
+use crate::capture::SHARED;
+use crate::error::{About, Error, Result};
+use crate::kinds::files::{Description, Object, PathState};
+use crate::kinds::{console, epoll, eventfd, files, inet, pipe, shared, unix};
+use crate::model::Inventory;
+use crate::stage::Cancel;
+
+/// Descriptors of ours, by the indices of the inventory.
+#[derive(Debug)]
+pub struct Objects {
+    /// Open file descriptions.
+    pub descriptions: Vec<OwnedFd>,
+    /// Shared objects, open for reading and writing.
+    pub shared: Vec<OwnedFd>,
+    /// Mapped files.
+    pub mapped: Vec<OwnedFd>,
+}
+
+/// Status flags that open(2) takes again. Those about creation are not kept by the kernel.
+const OPEN_FLAGS: i32 = libc::O_ACCMODE
+    | libc::O_APPEND
+    | libc::O_NONBLOCK
+    | libc::O_DSYNC
+    | libc::O_SYNC
+    | libc::O_DIRECT
+    | libc::O_LARGEFILE
+    | libc::O_DIRECTORY
+    | libc::O_NOFOLLOW
+    | libc::O_NOATIME
+    | libc::O_PATH;
+
+/// How many files are opened in one stop.
+const AT_ONCE: usize = 200;
+
+/// Makes all of them.
+pub(super) fn rebuild(skeleton: &Skeleton, inventory: &Inventory, image: &Reader, cancel: &Cancel) -> Result<Objects> {
+    let mut shared = Vec::new();
+    for (index, state) in inventory.objects.shared.iter().enumerate() {
+        cancel.check()?;
+        let unnamed = |directory: &str| skeleton.open_unnamed(directory);
+        let file = shared::rebuild(state, unnamed)?;
+        fill(&file, image, SHARED + index as u32, state.size)?;
+        shared.push(file);
+    }
+    let mapped = mapped(skeleton, inventory)?;
+    let descriptions = descriptions(skeleton, inventory, image, &shared)?;
+    Ok(Objects { descriptions, shared, mapped })
+}
+
+/// The bytes of a shared object, from the image's page cache into its own.
+fn fill(file: &OwnedFd, image: &Reader, space: u32, size: u64) -> Result<()> {
+    let file = file.try_clone().map_err(|e| torpor_sys::Error::io("dup", "shared object", &e));
+    let file = std::fs::File::from(file.about(1, "shared object")?);
+    for run in image.runs_of(space).iter().filter(|r| !r.is_zero()) {
+        let data = Mapping::of(image.file(), run.offset, (run.pages * PAGE_SIZE) as usize).about(1, "image")?;
+        let len = data.bytes().len().min(size.saturating_sub(run.start) as usize);
+        file.write_all_at(&data.bytes()[..len], run.start)
+            .map_err(|e| torpor_sys::Error::io("write", "shared object", &e))
+            .about(1, "shared object")?;
+    }
+    Ok(())
+}
+
+fn mapped(skeleton: &Skeleton, inventory: &Inventory) -> Result<Vec<OwnedFd>> {
+    let wanted: Vec<(String, i32)> = inventory
+        .objects
+        .mapped
+        .iter()
+        .map(|m| (m.path.clone(), if m.writable { libc::O_RDWR } else { libc::O_RDONLY }))
+        .collect();
+    let opened = skeleton.open_inside(&wanted)?;
+    for (file, state) in opened.iter().zip(&inventory.objects.mapped) {
+        let now = fd::stat(file).about(1, &state.path)?;
+        files::check_unchanged(1, &state.path, state.size, now.kind() == libc::S_IFREG, &now)?;
+    }
+    Ok(opened)
+}
+
+fn descriptions(skeleton: &Skeleton, inventory: &Inventory, image: &Reader, shared: &[OwnedFd]) -> Result<Vec<OwnedFd>> {
+    let pipes = pipes(inventory, image)?;
+    let mut paths = named(skeleton, &inventory.descriptions)?.into_iter();
+    let mut sockets = Sockets::rebuild(skeleton, &inventory.descriptions, image)?;
+    let mut all = Vec::new();
+    for description in &inventory.descriptions {
+        let fd = match &description.object {
+            Object::Path(_) => paths.next().ok_or_else(|| Error::nonsense("a file was not opened"))?,
+            Object::Stdio { index } => standard(skeleton, *index)?,
+            Object::Shared { index } => {
+                let base = shared.get(*index).ok_or_else(|| Error::nonsense("a shared object is missing"))?;
+                let file = fd::reopen(base, description.flags & OPEN_FLAGS).about(1, "shared object")?;
+                fd::seek(&file, description.pos).about(1, "shared object")?;
+                file
+            }
+            Object::Pipe { index } => {
+                let ends = pipes.get(*index).ok_or_else(|| Error::nonsense("a pipe is missing"))?;
+                pipe_end(ends, description.flags)?
+            }
+            Object::Eventfd(state) => eventfd::rebuild(state)?,
+            Object::Epoll(_) => fd::epoll().about(1, "epoll")?,
+            Object::Unix(_) => sockets.unix.next().ok_or_else(|| Error::nonsense("a socket is missing"))?,
+            Object::Inet(_) => sockets.inet.next().ok_or_else(|| Error::nonsense("a socket is missing"))?,
+        };
+        set_flags(&fd, description)?;
+        all.push(fd);
+    }
+    if let (Some(state), Some(Some(terminal))) = (&inventory.console, skeleton.stdio.first()) {
+        // A container that had a terminal may be restored without one.
+        let _ = console::rebuild(terminal, state);
+    }
+    Ok(all)
+}
+
+/// Status flags that are set after the fact. A standard stream belongs to whoever gave it to us.
+fn set_flags(fd: &OwnedFd, description: &Description) -> Result<()> {
+    let settable = libc::O_NONBLOCK | libc::O_APPEND;
+    if matches!(description.object, Object::Stdio { .. } | Object::Path(_)) {
+        return Ok(());
+    }
+    let flags = i64::from(description.flags & settable);
+    if flags != 0 {
+        fd::fcntl(fd, libc::F_SETFL, flags).about(1, "status flags")?;
+    }
+    Ok(())
+}
+
+fn standard(skeleton: &Skeleton, index: usize) -> Result<OwnedFd> {
+    let stream = skeleton.stdio.get(index).and_then(Option::as_ref);
+    let stream = stream.ok_or_else(|| {
+        Error::unsupported(1, format!("standard stream {index}"), "the new container has none to connect to", "")
+    })?;
+    stream.try_clone().map_err(|e| torpor_sys::Error::io("dup", "standard stream", &e)).about(1, "standard stream")
+}
+
+fn pipes(inventory: &Inventory, image: &Reader) -> Result<Vec<(OwnedFd, OwnedFd)>> {
+    inventory.objects.pipes.iter().map(|state| pipe::rebuild(state, &image.blob(state.content)?)).collect()
+}
+
+/// One more open file description for an end of a pipe.
+fn pipe_end(ends: &(OwnedFd, OwnedFd), flags: i32) -> Result<OwnedFd> {
+    let end = if flags & libc::O_ACCMODE == libc::O_RDONLY { &ends.0 } else { &ends.1 };
+    fd::reopen(end, flags & (libc::O_ACCMODE | libc::O_NONBLOCK)).about(1, "pipe")
+}
+
+fn named(skeleton: &Skeleton, descriptions: &[Description]) -> Result<Vec<OwnedFd>> {
+    let states: Vec<(&Description, &PathState)> = descriptions
+        .iter()
+        .filter_map(|d| match &d.object {
+            Object::Path(state) => Some((d, state)),
+            _ => None,
+        })
+        .collect();
+    let wanted: Vec<(String, i32)> =
+        states.iter().map(|(d, s)| (s.path.clone(), d.flags & OPEN_FLAGS)).collect();
+    let opened = skeleton.open_inside(&wanted)?;
+    for (file, (description, state)) in opened.iter().zip(states) {
+        check_named(file, description, state)?;
+    }
+    Ok(opened)
+}
+
+fn check_named(file: &OwnedFd, description: &Description, state: &PathState) -> Result<()> {
+    let now = fd::stat(file).about(1, &state.path)?;
+    if now.kind() != state.mode & libc::S_IFMT {
+        return Err(Error::unsupported(1, format!("file {}", state.path), "it is of another type now", ""));
+    }
+    let is_file = now.kind() == libc::S_IFREG;
+    let reads = description.flags & libc::O_ACCMODE == libc::O_RDONLY && description.flags & libc::O_PATH == 0;
+    // What /proc and /sys show has no size of its own.
+    files::check_unchanged(1, &state.path, state.size, is_file && reads && state.size > 0, &now)?;
+    if description.flags & libc::O_PATH == 0 && (is_file || now.kind() == libc::S_IFDIR || now.kind() == libc::S_IFBLK) {
+        fd::seek(file, description.pos).about(1, &state.path)?;
+    }
+    Ok(())
+}
+
+/// Sockets in the order of the descriptions.
+struct Sockets {
+    unix: std::vec::IntoIter<OwnedFd>,
+    inet: std::vec::IntoIter<OwnedFd>,
+}
+
+impl Sockets {
+    fn rebuild(skeleton: &Skeleton, descriptions: &[Description], image: &Reader) -> Result<Sockets> {
+        let mut unix_states: Vec<&unix::State> = Vec::new();
+        let mut inet_states: Vec<&inet::State> = Vec::new();
+        for description in descriptions {
+            match &description.object {
+                Object::Unix(state) => unix_states.push(state),
+                Object::Inet(state) => inet_states.push(state),
+                _ => {}
+            }
+        }
+        let blob = |r| Ok(image.blob(r)?);
+        let unix = if unix_states.is_empty() { Vec::new() } else { unix::rebuild(skeleton.init, &unix_states, &blob)? };
+        let inet = if inet_states.is_empty() { Vec::new() } else { inet::rebuild(skeleton.init, &inet_states)? };
+        Ok(Sockets { unix: unix.into_iter(), inet: inet.into_iter() })
+    }
+}
+
+impl Skeleton {
+    /// Opens files in init, as it sees them, and takes descriptors of ours for them.
+    fn open_inside(&self, wanted: &[(String, i32)]) -> Result<Vec<OwnedFd>> {
+        let mut all = Vec::new();
+        for group in wanted.chunks(AT_ONCE) {
+            let mut batch = Batch::new();
+            let mut calls = Vec::new();
+            for (path, flags) in group {
+                let name = batch.string(path);
+                let flags = flags | libc::O_CLOEXEC | libc::O_NOCTTY;
+                let args = [libc::AT_FDCWD.into(), name.into(), flags.into(), 0.into()];
+                calls.push(batch.must(format!("open of {path}"), libc::SYS_openat, args));
+            }
+            all.extend(self.pull(&batch, &calls)?);
+        }
+        Ok(all)
+    }
+
+    /// A file without a name in a directory of the container (open(2), O_TMPFILE).
+    fn open_unnamed(&self, directory: &str) -> Result<OwnedFd> {
+        let mut batch = Batch::new();
+        let name = batch.string(directory);
+        let flags = libc::O_TMPFILE | libc::O_RDWR | libc::O_CLOEXEC;
+        let what = format!("a file without a name in {directory}");
+        let args = [libc::AT_FDCWD.into(), name.into(), flags.into(), 0o600.into()];
+        let call = batch.must(what, libc::SYS_openat, args);
+        let mut fds = self.pull(&batch, &[call])?;
+        fds.pop().ok_or_else(|| Error::nonsense("a file was not opened"))
+    }
+
+    /// Runs calls in init that give descriptors, takes those over and closes them there.
+    fn pull(&self, batch: &Batch, calls: &[usize]) -> Result<Vec<OwnedFd>> {
+        let root = self.root()?;
+        let results = root.run(batch).about(1, "files")?;
+        let process = pidfd::open(self.init).about(self.init, "pidfd")?;
+        let mut fds = Vec::new();
+        let mut close = Batch::new();
+        for call in calls {
+            let number = results.raw(*call) as i32;
+            fds.push(pidfd::get_fd(&process, number).about(1, "files")?);
+            close.must("close", libc::SYS_close, [number.into()]);
+        }
+        root.run(&close).about(1, "files")?;
+        Ok(fds)
+    }
+}
+
+/// What an epoll instance watches, of all descriptions.
+pub(super) fn epoll_of(description: &Description) -> Option<&epoll::State> {
+    match &description.object {
+        Object::Epoll(state) => Some(state),
+        _ => None,
+    }
+}

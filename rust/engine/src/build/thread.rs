@@ -1,0 +1,104 @@
+//! One thread: what it registered, who it acts as, what waits for it, and at last its registers.
+
+use torpor_image::Reader;
+use torpor_sys::remote::{Batch, Site, site};
+use torpor_sys::wait::{self, Event};
+use torpor_sys::{Pid, ptrace};
+
+use super::{LIMIT, Skeleton};
+use crate::error::{About, Error, Result};
+use crate::kinds::{cpu, creds, seccomp, settings, signals, timers};
+use crate::model::{Body, Inventory, Process, Thread};
+
+/// Credentials are set with what the blank process has; this is how much that is.
+fn capabilities_of(tid: Pid) -> Result<u64> {
+    Ok(torpor_sys::proc::status(tid).about(tid, "status")?.cap_effective)
+}
+
+impl Skeleton {
+    fn sites_of(&self, process: i32) -> Result<Vec<(i32, &Site)>> {
+        let mut all = vec![(process, self.site(process)?)];
+        all.extend(self.threads.get(&process).into_iter().flatten().map(|(tid, site)| (*tid, site)));
+        Ok(all)
+    }
+
+    /// Gives the threads of a process everything but their registers. Limits and credentials come late: after
+    /// them little is allowed any more.
+    pub fn dress_threads(&self, process: &Process, inventory: &Inventory) -> Result<()> {
+        let Some(body) = &process.body else { return Ok(()) };
+        for (thread, (tid, site)) in body.threads.iter().zip(self.sites_of(process.pid)?) {
+            if thread.tid != tid {
+                return Err(Error::nonsense(format!("thread {tid} is out of order")));
+            }
+            let mut batch = Batch::new();
+            settings::rebuild_thread(&mut batch, &thread.settings);
+            signals::rebuild_altstack(&mut batch, &thread.signals);
+            seccomp::rebuild(&mut batch, &thread.seccomp, &inventory.objects.seccomp)?;
+            site.run(&batch).about(tid, "thread")?;
+        }
+        let mut batch = Batch::new();
+        settings::rebuild_limits(&mut batch, &body.settings);
+        self.site(process.pid)?.run(&batch).about(process.pid, "limits")?;
+        for (thread, (_, site)) in body.threads.iter().zip(self.sites_of(process.pid)?) {
+            self.last(body, thread, site)?;
+        }
+        Ok(())
+    }
+
+    fn last(&self, body: &Body, thread: &Thread, site: &Site) -> Result<()> {
+        let tid = thread.tid;
+        let is_leader = body.threads.first().is_some_and(|t| t.tid == tid);
+        let leader = body.threads.first().map_or(tid, |t| t.tid);
+        let mut batch = Batch::new();
+        creds::rebuild(&mut batch, &thread.creds, capabilities_of(site.tid())?);
+        settings::rebuild_after_creds(&mut batch, is_leader.then_some(&body.settings), &thread.settings);
+        let shared: &[signals::Info] = if is_leader { &body.signals.pending } else { &[] };
+        signals::rebuild_pending(&mut batch, leader, tid, shared, &thread.signals.pending);
+        if is_leader {
+            timers::rebuild(&mut batch, &body.timers);
+        }
+        site.run(&batch).about(tid, "credentials").map(drop)
+    }
+
+    /// Removes the stub and gives every thread its registers: it could run now.
+    pub fn arm(&self, process: &Process, image: &Reader) -> Result<()> {
+        let Some(body) = &process.body else { return Ok(()) };
+        self.remove_stub(process.pid, body)?;
+        for (thread, (tid, site)) in body.threads.iter().zip(self.sites_of(process.pid)?) {
+            cpu::rebuild(site.tid(), &thread.cpu, &image.blob(thread.cpu.xstate)?)?;
+            ptrace::set_sigmask(site.tid(), thread.signals.mask).about(tid, "signal mask")?;
+        }
+        Ok(())
+    }
+
+    fn remove_stub(&self, pid: i32, body: &Body) -> Result<()> {
+        let site = self.site(pid)?;
+        let tid = site.tid();
+        // The code is the last of the kernel's parts.
+        let code = body.memory.kernel.last().ok_or_else(|| Error::nonsense("a process without vdso"))?;
+        let syscall_at = code.0 + self.syscall_offset;
+        if let Some(action) = signals::trap_action(&body.signals) {
+            let table = self.place.table();
+            site.memory().write(table, &action).about(pid, "SIGTRAP")?;
+            let args = [libc::SIGTRAP as u64, table, 0, 8, 0, 0];
+            site::call_at(tid, syscall_at, libc::SYS_rt_sigaction, args).about(pid, "SIGTRAP")?;
+        }
+        let args = [self.place.base, self.place.len(), 0, 0, 0, 0];
+        site::call_at(tid, syscall_at, libc::SYS_munmap, args).about(pid, "stub")?;
+        stop_for_signals(tid)
+    }
+}
+
+/// Moves a task from the end of a system call to where the kernel looks at signals and at interrupted calls:
+/// only there it does what the registers of an interrupted call ask for.
+fn stop_for_signals(tid: Pid) -> Result<()> {
+    ptrace::interrupt(tid).about(tid, "thread")?;
+    loop {
+        ptrace::cont(tid, 0).about(tid, "thread")?;
+        match wait::until(tid, LIMIT).about(tid, "thread")? {
+            Event::Stopped { event: ptrace::EVENT_STOP, .. } => return Ok(()),
+            Event::Stopped { .. } | Event::Continued => {}
+            other => return Err(Error::nonsense(format!("a thread ended while it was armed ({other:?})"))),
+        }
+    }
+}

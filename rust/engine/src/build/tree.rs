@@ -1,0 +1,243 @@
+//! Growing the tree: every process at its id, in its session and process group, zombies included.
+
+use std::collections::BTreeMap;
+
+use torpor_sys::remote::{Batch, Site};
+use torpor_sys::wait::{self, Event};
+use torpor_sys::{Pid, fork, ptrace};
+
+use super::{LIMIT, Skeleton};
+use crate::error::{About, Error, Result};
+use crate::model::{Inventory, Process};
+
+/// `struct clone_args` (clone3(2)) up to set_tid_size.
+fn clone3(batch: &mut Batch, what: String, flags: u64, exit_signal: i32, tid: i32) {
+    let wanted = batch.data(&tid.to_le_bytes());
+    let words = [flags, 0, 0, 0, exit_signal as u64, 0, 0, 0, 0, 1, 0];
+    let bytes: Vec<u8> = words.iter().flat_map(|w| w.to_le_bytes()).collect();
+    let args = batch.data(&bytes);
+    batch.point(args.skip(64), wanted);
+    batch.must(what, libc::SYS_clone3, [args.into(), bytes.len().into()]);
+}
+
+/// Flags of a thread as pthread_create(3) makes it, less what it would write to memory.
+const THREAD: i32 = libc::CLONE_VM
+    | libc::CLONE_FS
+    | libc::CLONE_FILES
+    | libc::CLONE_SIGHAND
+    | libc::CLONE_THREAD
+    | libc::CLONE_SYSVSEM;
+
+/// When a child of `parent` must be made: a child is born into the session that its parent is in at that time.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Birth {
+    BeforeSetsid,
+    AfterSetsid,
+}
+
+fn birth(parent: &Process, parent_born_in: i32, child: &Process) -> Result<Birth> {
+    if child.sid == child.pid || child.sid == parent.sid {
+        return Ok(Birth::AfterSetsid);
+    }
+    if child.sid == parent_born_in {
+        return Ok(Birth::BeforeSetsid);
+    }
+    let why = format!("its session {} has lost its leader, which is not carried yet", child.sid);
+    Err(Error::unsupported(child.pid, "session", why, ""))
+}
+
+impl Skeleton {
+    /// Makes all processes, their groups, and lets those end that were zombies.
+    pub(super) fn grow(&mut self, inventory: &Inventory) -> Result<()> {
+        let root = &inventory.processes[0];
+        self.children(inventory, root, root.sid)?;
+        self.groups(inventory)?;
+        for process in inventory.processes.iter().filter(|p| p.zombie.is_some()) {
+            self.end_zombie(process)?;
+        }
+        for process in inventory.processes.iter() {
+            self.grow_threads(process)?;
+        }
+        Ok(())
+    }
+
+    fn children(&mut self, inventory: &Inventory, parent: &Process, born_in: i32) -> Result<()> {
+        let children: Vec<&Process> =
+            inventory.processes.iter().skip(1).filter(|p| p.ppid == parent.pid).collect();
+        let mut early = Vec::new();
+        let mut late = Vec::new();
+        for child in children {
+            match birth(parent, born_in, child)? {
+                Birth::BeforeSetsid => early.push(child),
+                Birth::AfterSetsid => late.push(child),
+            }
+        }
+        let mut batch = Batch::new();
+        let fork = |batch: &mut Batch, child: &Process| {
+            clone3(batch, format!("clone3 of process {}", child.pid), 0, child.exit_signal, child.pid);
+        };
+        early.iter().for_each(|c| fork(&mut batch, c));
+        let is_root = parent.pid == inventory.processes[0].pid;
+        if parent.sid == parent.pid && !is_root {
+            batch.must("setsid", libc::SYS_setsid, []);
+        }
+        late.iter().for_each(|c| fork(&mut batch, c));
+        let born = self.run_births(parent.pid, &batch)?;
+        for (child, tid) in early.iter().chain(&late).zip(born) {
+            self.all.push(tid);
+            let site = Site::cloned(tid, self.place).about(tid, "new process")?;
+            self.sites.insert(child.pid, site);
+        }
+        for child in early.iter() {
+            self.children(inventory, child, born_in)?;
+        }
+        for child in late.iter() {
+            self.children(inventory, child, parent.sid)?;
+        }
+        Ok(())
+    }
+
+    fn run_births(&self, pid: i32, batch: &Batch) -> Result<Vec<Pid>> {
+        let mut born = Vec::new();
+        if !batch.is_empty() {
+            let site = self.site(pid)?;
+            let results = site.run_with(batch, |child| {
+                born.push(child);
+                Ok(())
+            });
+            results.about(pid, "new process")?;
+        }
+        Ok(born)
+    }
+
+    /// A group is named after its leader, who must be there when others join: where it has ended, a helper
+    /// stands in for it.
+    fn groups(&mut self, inventory: &Inventory) -> Result<()> {
+        let sessions: BTreeMap<i32, i32> = inventory.processes.iter().map(|p| (p.pid, p.sid)).collect();
+        let is_leader = |p: &&Process| p.pgid == p.pid && p.sid != p.pid;
+        for leader in inventory.processes.iter().filter(is_leader) {
+            self.setpgid(leader.pid, 0)?;
+        }
+        let mut helpers = Vec::new();
+        for process in inventory.processes.iter().filter(|p| p.pgid != p.pid && p.sid != p.pid) {
+            let known = sessions.contains_key(&process.pgid) || helpers.iter().any(|(g, _, _)| *g == process.pgid);
+            if !known {
+                helpers.push(self.stand_in(process)?);
+            }
+            self.setpgid(process.pid, process.pgid)?;
+        }
+        for (group, parent, site) in helpers {
+            self.end_helper(group, parent, &site)?;
+        }
+        Ok(())
+    }
+
+    fn setpgid(&self, pid: i32, group: i32) -> Result<()> {
+        let mut batch = Batch::new();
+        batch.must(format!("setpgid to {group}"), libc::SYS_setpgid, [0.into(), group.into()]);
+        self.site(pid)?.run(&batch).about(pid, "process group").map(drop)
+    }
+
+    fn stand_in(&mut self, member: &Process) -> Result<(i32, i32, Site)> {
+        let mut batch = Batch::new();
+        clone3(&mut batch, format!("clone3 of group leader {}", member.pgid), 0, 0, member.pgid);
+        let born = self.run_births(member.pid, &batch)?;
+        let tid = born.first().copied().ok_or_else(|| Error::nonsense("a helper was not born"))?;
+        let site = Site::cloned(tid, self.place).about(tid, "helper")?;
+        let mut batch = Batch::new();
+        batch.must("setpgid", libc::SYS_setpgid, [0.into(), 0.into()]);
+        site.run(&batch).about(tid, "helper")?;
+        Ok((member.pgid, member.pid, site))
+    }
+
+    fn end_helper(&self, group: i32, parent: i32, helper: &Site) -> Result<()> {
+        fork::kill(helper.tid(), 9).about(group, "helper")?;
+        wait_end(helper.tid())?;
+        let mut batch = Batch::new();
+        let args = [group.into(), 0.into(), libc::__WCLONE.into(), 0.into()];
+        batch.must("wait4 for a helper", libc::SYS_wait4, args);
+        self.site(parent)?.run(&batch).about(parent, "helper").map(drop)
+    }
+
+    /// Lets a process end as it had ended, and takes the SIGCHLD back that its parent was sent long ago.
+    fn end_zombie(&mut self, process: &Process) -> Result<()> {
+        let status = process.zombie.unwrap_or(0);
+        let site = self.sites.remove(&process.pid).ok_or_else(|| Error::nonsense("a zombie was not born"))?;
+        let tid = site.tid();
+        let signal = status & 0x7f;
+        if signal == 0 {
+            let mut batch = Batch::new();
+            batch.must("exit_group", libc::SYS_exit_group, [(status >> 8 & 0xff).into()]);
+            match site.run(&batch) {
+                Err(torpor_sys::Error::Died { .. }) => {}
+                Err(e) => return Err(e).about(tid, "zombie"),
+                Ok(_) => return Err(Error::nonsense("a zombie lives")),
+            }
+        } else {
+            self.end_by_signal(&site, signal)?;
+        }
+        self.all.retain(|t| *t != tid);
+        self.swallow_sigchld(process)
+    }
+
+    fn end_by_signal(&self, site: &Site, signal: i32) -> Result<()> {
+        let tid = site.tid();
+        if signal != libc::SIGKILL {
+            let mut batch = Batch::new();
+            let default = batch.room(32);
+            batch.must("rt_sigaction", libc::SYS_rt_sigaction, [signal.into(), default.into(), 0.into(), 8.into()]);
+            let none = batch.room(16);
+            let core = libc::RLIMIT_CORE;
+            batch.must("prlimit64", libc::SYS_prlimit64, [0.into(), core.into(), none.into(), 0.into()]);
+            site.run(&batch).about(tid, "zombie")?;
+            ptrace::set_sigmask(tid, 0).about(tid, "zombie")?;
+        }
+        fork::kill(tid, signal).about(tid, "zombie")?;
+        if signal != libc::SIGKILL {
+            // Stopped in front of the signal or still in its breakpoint: let it take the signal.
+            ptrace::cont(tid, 0).about(tid, "zombie")?;
+            if let Event::Stopped { signal: got, .. } = wait::until(tid, LIMIT).about(tid, "zombie")? {
+                ptrace::cont(tid, got).about(tid, "zombie")?;
+            } else {
+                return Ok(());
+            }
+        }
+        wait_end(tid)
+    }
+
+    fn swallow_sigchld(&self, process: &Process) -> Result<()> {
+        let mut batch = Batch::new();
+        let set = batch.data(&(1u64 << (libc::SIGCHLD - 1)).to_le_bytes());
+        let now = batch.room(16);
+        batch.may("rt_sigtimedwait", libc::SYS_rt_sigtimedwait, [set.into(), 0.into(), now.into(), 8.into()]);
+        self.site(process.ppid)?.run(&batch).about(process.ppid, "SIGCHLD").map(drop)
+    }
+
+    fn grow_threads(&mut self, process: &Process) -> Result<()> {
+        let Some(body) = &process.body else { return Ok(()) };
+        // Each clone takes two pieces of the table.
+        for group in body.threads[1..].chunks(1000) {
+            let mut batch = Batch::new();
+            for thread in group {
+                clone3(&mut batch, format!("clone3 of thread {}", thread.tid), THREAD as u64, 0, thread.tid);
+            }
+            let born = self.run_births(process.pid, &batch)?;
+            for (thread, tid) in group.iter().zip(born) {
+                self.all.push(tid);
+                let site = Site::cloned(tid, self.place).about(tid, "new thread")?;
+                self.threads.entry(process.pid).or_default().push((thread.tid, site));
+            }
+        }
+        Ok(())
+    }
+}
+
+fn wait_end(tid: Pid) -> Result<()> {
+    loop {
+        match wait::until(tid, LIMIT).about(tid, "process")? {
+            Event::Exited(_) | Event::Killed(_) => return Ok(()),
+            Event::Stopped { .. } => ptrace::cont(tid, 0).about(tid, "process")?,
+            Event::Continued => {}
+        }
+    }
+}

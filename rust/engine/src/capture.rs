@@ -1,0 +1,195 @@
+//! The bytes of memory, from the stopped processes into the image: one pass, in large pieces, zero pages left out.
+
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::FileExt;
+
+use torpor_image::{PageRun, Writer};
+use torpor_sys::PAGE_SIZE;
+use torpor_sys::fd;
+use torpor_sys::pagemap::Pagemap;
+
+use crate::collect::Collected;
+use crate::error::{About, Result};
+use crate::kinds::memory;
+use crate::model::Inventory;
+use crate::stage::Cancel;
+
+/// Address spaces are numbered by process; shared objects from here on.
+pub const SHARED: u32 = 1 << 31;
+
+/// How many bytes are copied at once.
+const PIECE: usize = 4 << 20;
+
+/// What was captured.
+#[derive(Debug, Default)]
+pub struct Captured {
+    /// Pages with data.
+    pub pages: u64,
+    /// Pages that held nothing but zeroes.
+    pub zeroes: u64,
+}
+
+/// Copies pieces into the image.
+struct Copier<'w> {
+    writer: &'w mut Writer,
+    cancel: &'w Cancel,
+    buffer: Vec<u8>,
+    captured: Captured,
+}
+
+/// Copies everything that `collected` found.
+pub fn capture(collected: &Collected, writer: &mut Writer, cancel: &Cancel) -> Result<Captured> {
+    let mut copier = Copier { writer, cancel, buffer: vec![0; PIECE], captured: Captured::default() };
+    for source in &collected.sources {
+        copier.address_space(&collected.inventory, source.index, source.pid)?;
+    }
+    for (index, (file, state)) in collected.shared.iter().zip(&collected.inventory.objects.shared).enumerate() {
+        copier.shared(SHARED + index as u32, file, state.size)?;
+    }
+    Ok(copier.captured)
+}
+
+impl Copier<'_> {
+    fn address_space(&mut self, inventory: &Inventory, index: usize, pid: i32) -> Result<()> {
+        let Some(body) = &inventory.processes[index].body else { return Ok(()) };
+        let pagemap = Pagemap::open(pid).about(pid, "pagemap")?;
+        let memory = memory::open(pid)?;
+        let mut ranges = Vec::new();
+        for area in body.memory.areas.iter().filter(|a| a.is_private()) {
+            pagemap.private_data(area.start, area.end, &mut ranges).about(pid, "pagemap")?;
+        }
+        for group in pieces(&ranges) {
+            self.cancel.check()?;
+            let len: u64 = group.iter().map(|r| r.1).sum();
+            let mut buffer = std::mem::take(&mut self.buffer);
+            let read = memory.gather(&group, &mut buffer[..len as usize]).about(pid, "memory");
+            self.buffer = buffer;
+            read?;
+            self.store(index as u32, &group)?;
+        }
+        Ok(())
+    }
+
+    fn shared(&mut self, space: u32, file: &OwnedFd, size: u64) -> Result<()> {
+        let ranges: Vec<(u64, u64)> = fd::data_ranges(file, size)
+            .about(0, "shared object")?
+            .into_iter()
+            .map(|(start, end)| (start & !(PAGE_SIZE - 1), end.next_multiple_of(PAGE_SIZE)))
+            .collect();
+        let file = file.try_clone().map_err(|e| torpor_sys::Error::io("dup", "shared object", &e));
+        let file = std::fs::File::from(file.about(0, "shared object")?);
+        for group in pieces(&ranges) {
+            self.cancel.check()?;
+            let mut at = 0;
+            for &(offset, len) in &group {
+                let part = &mut self.buffer[at..at + len as usize];
+                read_to_end(&file, offset, part)?;
+                at += len as usize;
+            }
+            self.store(space, &group)?;
+        }
+        Ok(())
+    }
+
+    /// Writes the buffer's pages that are not zero, as runs that follow each other both in memory and in the file.
+    fn store(&mut self, space: u32, group: &[(u64, u64)]) -> Result<()> {
+        let mut at = 0usize;
+        for &(address, len) in group {
+            let bytes = &self.buffer[at..at + len as usize];
+            for (is_zero, first, count) in runs(bytes) {
+                let start = address + first as u64 * PAGE_SIZE;
+                if is_zero {
+                    self.captured.zeroes += count as u64;
+                    continue;
+                }
+                let data = &bytes[first * PAGE_SIZE as usize..(first + count) * PAGE_SIZE as usize];
+                let offset = self.writer.append_pages(data)?;
+                self.writer.push_run(PageRun::data(space, start, offset, count as u64));
+                self.captured.pages += count as u64;
+            }
+            at += len as usize;
+        }
+        Ok(())
+    }
+}
+
+/// A file's last page may reach past its end: the rest is zeroes.
+fn read_to_end(file: &std::fs::File, offset: u64, part: &mut [u8]) -> Result<()> {
+    let mut done = 0;
+    while done < part.len() {
+        let got = file
+            .read_at(&mut part[done..], offset + done as u64)
+            .map_err(|e| torpor_sys::Error::io("read", "shared object", &e))
+            .about(0, "shared object")?;
+        if got == 0 {
+            part[done..].fill(0);
+            return Ok(());
+        }
+        done += got;
+    }
+    Ok(())
+}
+
+/// Cuts and gathers ranges (start, end) into groups of (start, length) that fill a buffer.
+fn pieces(ranges: &[(u64, u64)]) -> Vec<Vec<(u64, u64)>> {
+    let mut groups = Vec::new();
+    let mut group = Vec::new();
+    let mut room = PIECE as u64;
+    for &(mut start, end) in ranges {
+        while start < end {
+            let len = (end - start).min(room);
+            group.push((start, len));
+            start += len;
+            room -= len;
+            if room == 0 {
+                groups.push(std::mem::take(&mut group));
+                room = PIECE as u64;
+            }
+        }
+    }
+    if !group.is_empty() {
+        groups.push(group);
+    }
+    groups
+}
+
+/// Neighbouring pages that are all zero or all not: (zero?, first page, count).
+fn runs(bytes: &[u8]) -> Vec<(bool, usize, usize)> {
+    let mut all: Vec<(bool, usize, usize)> = Vec::new();
+    for (i, page) in bytes.chunks_exact(PAGE_SIZE as usize).enumerate() {
+        let zero = is_zero(page);
+        match all.last_mut() {
+            Some(last) if last.0 == zero => last.2 += 1,
+            _ => all.push((zero, i, 1)),
+        }
+    }
+    all
+}
+
+fn is_zero(page: &[u8]) -> bool {
+    // The first bytes of a page decide for most pages that are not zero.
+    let (head, rest) = page.split_at(64);
+    head.iter().all(|b| *b == 0) && rest.chunks_exact(64).all(|c| c.iter().fold(0, |or, b| or | b) == 0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn pieces_fill_the_buffer_and_keep_every_byte() {
+        let ranges = [(0, 3 * PIECE as u64 + 4096), (1 << 40, (1 << 40) + 8192)];
+        let groups = pieces(&ranges);
+        assert!(groups.iter().all(|g| g.iter().map(|r| r.1).sum::<u64>() <= PIECE as u64));
+        let total: u64 = groups.iter().flatten().map(|r| r.1).sum();
+        assert_eq!(total, 3 * PIECE as u64 + 4096 + 8192);
+    }
+
+    #[test]
+    fn runs_tell_zero_from_data() {
+        let mut bytes = vec![0u8; 4 * 4096];
+        bytes[4096 + 4095] = 1;
+        bytes[2 * 4096] = 1;
+        assert_eq!(runs(&bytes), [(true, 0, 1), (false, 1, 2), (true, 3, 1)]);
+    }
+}

@@ -1,0 +1,352 @@
+//! From a stopped container to its description: everything but the bytes of memory.
+//!
+//! What can be read from outside is read from outside; what only the task itself can ask the kernel for is asked
+//! by one batch per thread.
+
+use std::collections::BTreeMap;
+
+use torpor_image::BlobRef;
+use torpor_sys::mem::Memory;
+use torpor_sys::proc::{self, Stat, Status, Vma};
+use torpor_sys::ptrace::{self, Regs, Rseq};
+use torpor_sys::remote::visit::Host;
+use torpor_sys::remote::{Batch, Visit};
+use torpor_sys::{Pid, kcmp};
+
+use crate::error::{About, Error, Result};
+use crate::freeze::{Frozen, FrozenProcess};
+use crate::kinds::{console, cpu, creds, files, fs, memory, paths, seccomp, settings, signals, timers, vdso};
+use crate::model::{Body, Inventory, Process, Thread};
+
+/// Room for the table of a visit, in bytes.
+const TABLE: u64 = 64 * 1024;
+
+/// A process whose memory is to be captured: our pid for it and its place in the inventory.
+#[derive(Debug)]
+pub struct Source {
+    /// Our id for it.
+    pub pid: Pid,
+    /// Index in [`Inventory::processes`].
+    pub index: usize,
+}
+
+/// What collecting gives: the inventory, and where the bytes are.
+#[derive(Debug)]
+pub struct Collected {
+    /// The description.
+    pub inventory: Inventory,
+    /// Living processes.
+    pub sources: Vec<Source>,
+    /// Shared objects, open for reading, in the order of the inventory.
+    pub shared: Vec<std::os::fd::OwnedFd>,
+}
+
+/// Names of processes: ours and the container's.
+#[derive(Debug, Default)]
+struct Names(BTreeMap<Pid, i32>);
+
+impl Names {
+    fn inner(&self, pid: Pid) -> Option<i32> {
+        self.0.get(&pid).copied()
+    }
+}
+
+fn last(ids: &[Pid]) -> i32 {
+    ids.last().copied().unwrap_or(0)
+}
+
+/// One process as far as /proc tells.
+struct Subject<'f> {
+    frozen: &'f FrozenProcess,
+    stat: Stat,
+    status: Status,
+    vmas: Vec<Vma>,
+    memory: Memory,
+}
+
+/// Collects. `blob` stores bytes in the image.
+pub fn collect(frozen: &Frozen, blob: &mut dyn FnMut(&[u8]) -> Result<BlobRef>) -> Result<Collected> {
+    let init = frozen.processes.first().map(|p| p.pid).ok_or_else(|| Error::nonsense("no process"))?;
+    let mut inventory = Inventory::default();
+    let view = paths::View::of(init)?;
+    let mut tables = memory::Tables { view: &view, mapped: Vec::new(), shared: Default::default() };
+    let members = members(frozen, init, &mut inventory.warnings)?;
+    check_sharing(&members)?;
+    let names = Names(members.iter().filter_map(|p| Some((p.pid, inner_pid(p.pid)?))).collect());
+    let maps = creds::IdMaps {
+        uids: proc::id_map(init, "uid_map").about(init, "uid_map")?,
+        gids: proc::id_map(init, "gid_map").about(init, "gid_map")?,
+    };
+    let mut survey = files::Survey::default();
+    let mut fd_tables = Vec::new();
+    let mut sources = Vec::new();
+    for process in &members {
+        let subject = Subject::of(process)?;
+        check_namespaces(process.pid, init)?;
+        if process.pid == init {
+            inventory.vdso = vdso::collect(&subject.memory, &subject.vmas)?;
+        }
+        let fds = survey.add_process(process.pid)?;
+        let mut ctx = Context { frozen, maps: &maps, tables: &mut tables, filters: &mut inventory.objects.seccomp, blob };
+        let body = subject.body(fds.clone(), &mut ctx)?;
+        fd_tables.push((process.pid, fds));
+        sources.push(Source { pid: process.pid, index: inventory.processes.len() });
+        inventory.processes.push(subject.process(&names, Some(body))?);
+        zombies(process.pid, &names, &mut inventory.processes)?;
+    }
+    let mut naming = files::Naming { init, tables: &mut tables, pipes: Vec::new(), console: None, blob };
+    inventory.descriptions = files::collect(&survey, &fd_tables, &mut naming)?;
+    inventory.objects.pipes = naming.pipes;
+    if let Some(fd) = &naming.console {
+        inventory.console = Some(console::collect(init, fd, |pid| names.inner(pid))?);
+    }
+    inventory.objects.mapped = tables.mapped;
+    inventory.objects.shared = tables.shared.states;
+    Ok(Collected { inventory, sources, shared: tables.shared.sources })
+}
+
+/// The processes that belong to init's tree, parents first. Others in the container were started by `exec`: they
+/// have a parent outside, and end with it; they are stopped like all, but not saved.
+fn members<'f>(frozen: &'f Frozen, init: Pid, warnings: &mut Vec<String>) -> Result<Vec<&'f FrozenProcess>> {
+    let mut parents = BTreeMap::new();
+    for process in &frozen.processes {
+        parents.insert(process.pid, proc::stat(process.pid).about(process.pid, "stat")?.ppid);
+    }
+    let mut order: Vec<&FrozenProcess> = Vec::new();
+    let mut at = 0;
+    order.extend(frozen.processes.iter().filter(|p| p.pid == init));
+    while at < order.len() {
+        let parent = order[at].pid;
+        let children = proc::children(parent).about(parent, "children")?;
+        order.extend(children.iter().filter_map(|c| frozen.processes.iter().find(|p| p.pid == *c)));
+        at += 1;
+    }
+    for process in &frozen.processes {
+        if !order.iter().any(|p| p.pid == process.pid) {
+            let name = proc::stat(process.pid).map(|s| s.comm).unwrap_or_default();
+            warnings.push(format!("process {} ({name}) was started by exec and is not saved", process.pid));
+        }
+    }
+    Ok(order)
+}
+
+fn inner_pid(pid: Pid) -> Option<i32> {
+    proc::status(pid).ok().map(|s| last(&s.ns_pids))
+}
+
+/// # Errors
+/// Refused: processes that share what only threads may share so far.
+fn check_sharing(members: &[&FrozenProcess]) -> Result<()> {
+    let kinds = [
+        (kcmp::Kind::Vm, "address space"),
+        (kcmp::Kind::Files, "descriptor table"),
+        (kcmp::Kind::Fs, "working directory (CLONE_FS)"),
+        (kcmp::Kind::Sighand, "signal handlers"),
+    ];
+    for (kind, name) in kinds {
+        // Sorted by the kernel's order, equal ones are neighbours.
+        let mut sorted: Vec<Pid> = members.iter().map(|p| p.pid).collect();
+        let mut failed = None;
+        sorted.sort_by(|a, b| {
+            kcmp::order(*a, *b, kind, 0, 0).unwrap_or_else(|e| {
+                failed = Some(e);
+                std::cmp::Ordering::Equal
+            })
+        });
+        if let Some(e) = failed {
+            return Err(e).about(members[0].pid, "kcmp");
+        }
+        for pair in sorted.windows(2) {
+            if kcmp::same(pair[0], pair[1], kind).about(pair[0], "kcmp")? {
+                let why = format!("it shares its {name} with process {}, which is not carried yet", pair[1]);
+                return Err(Error::unsupported(pair[0], name, why, ""));
+            }
+        }
+    }
+    Ok(())
+}
+
+/// # Errors
+/// Refused: a process in other namespaces than init.
+fn check_namespaces(pid: Pid, init: Pid) -> Result<()> {
+    for kind in ["pid", "mnt", "net", "ipc", "uts", "user", "cgroup", "time"] {
+        let (Ok(own), Ok(its)) = (proc::namespace(pid, kind), proc::namespace(init, kind)) else { continue };
+        if own != its {
+            let why = "it has one of its own, which is not carried yet";
+            return Err(Error::unsupported(pid, format!("{kind} namespace"), why, ""));
+        }
+    }
+    Ok(())
+}
+
+/// Children that have ended and that nobody has waited for.
+fn zombies(parent: Pid, names: &Names, all: &mut Vec<Process>) -> Result<()> {
+    for child in proc::children(parent).about(parent, "children")? {
+        let Ok(stat) = proc::stat(child) else { continue };
+        if stat.state != 'Z' {
+            continue;
+        }
+        let status = proc::status(child).about(child, "status")?;
+        all.push(Process {
+            pid: last(&status.ns_pids),
+            ppid: names.inner(parent).unwrap_or(0),
+            pgid: last(&status.ns_pgids),
+            sid: last(&status.ns_sids),
+            exit_signal: stat.exit_signal,
+            zombie: Some(stat.exit_code),
+            body: None,
+        });
+    }
+    Ok(())
+}
+
+/// What collecting one process needs of the whole.
+struct Context<'a, 'v> {
+    frozen: &'a Frozen,
+    maps: &'a creds::IdMaps,
+    tables: &'a mut memory::Tables<'v>,
+    filters: &'a mut Vec<seccomp::State>,
+    blob: &'a mut dyn FnMut(&[u8]) -> Result<BlobRef>,
+}
+
+/// A thread before its batch: what must be read before any code runs in it.
+struct Before {
+    tid: Pid,
+    status: Status,
+    rseq: Option<Rseq>,
+    regs: Regs,
+}
+
+/// A thread's questions.
+struct Asked {
+    process: Option<(signals::AskedProcess, settings::AskedProcess, [torpor_sys::remote::Data; 3], usize)>,
+    stack: torpor_sys::remote::Data,
+    creds: usize,
+    settings: settings::AskedThread,
+}
+
+impl<'f> Subject<'f> {
+    fn of(frozen: &'f FrozenProcess) -> Result<Subject<'f>> {
+        let pid = frozen.pid;
+        let status = proc::status(pid).about(pid, "status")?;
+        if status.core_dumping {
+            return Err(Error::unsupported(pid, "core dump", "it is writing one", "wait until it has ended"));
+        }
+        Ok(Subject {
+            frozen,
+            stat: proc::stat(pid).about(pid, "stat")?,
+            status,
+            vmas: proc::smaps(pid).about(pid, "smaps")?,
+            memory: memory::open(pid)?,
+        })
+    }
+
+    fn process(&self, names: &Names, body: Option<Body>) -> Result<Process> {
+        Ok(Process {
+            pid: last(&self.status.ns_pids),
+            ppid: names.inner(self.stat.ppid).unwrap_or(0),
+            pgid: last(&self.status.ns_pgids),
+            sid: last(&self.status.ns_sids),
+            exit_signal: self.stat.exit_signal,
+            zombie: None,
+            body,
+        })
+    }
+
+    fn body(&self, fds: Vec<files::Descriptor>, ctx: &mut Context<'_, '_>) -> Result<Body> {
+        let pid = self.frozen.pid;
+        let before = self.before()?;
+        let inner = last(&self.status.ns_tgids);
+        let host = Host { pid, inner_pid: inner, busy_signals: busy(&before) };
+        let leader = &before[0];
+        let leader_inner = last(&leader.status.ns_pids);
+        let visit = Visit::begin(host, &self.memory, &self.vmas, leader.tid, leader_inner, TABLE).about(pid, "visit")?;
+        let answers = self.ask_all(&before, &visit, ctx);
+        let ended = visit.end(leader.tid, leader_inner).about(pid, "visit");
+        let (threads, answers) = answers?;
+        ended?;
+        let (signals, settings, timers, brk) = answers;
+        Ok(Body {
+            threads,
+            memory: memory::collect(pid, &self.vmas, &self.stat, brk, ctx.tables)?,
+            fds,
+            fs: fs::collect(pid, &self.status)?,
+            signals,
+            timers,
+            settings,
+        })
+    }
+
+    fn before(&self) -> Result<Vec<Before>> {
+        let of_thread = |&tid: &Pid| {
+            let status = proc::status(tid).about(tid, "status")?;
+            let rseq = ptrace::rseq(tid).about(tid, "rseq")?;
+            let signalled = (status.sig_pending | status.shared_pending) & !status.sig_blocked & status.sig_caught;
+            let regs = cpu::settle(tid, &self.memory, rseq, signalled != 0)?;
+            Ok(Before { tid, status, rseq, regs })
+        };
+        self.frozen.threads.iter().map(of_thread).collect()
+    }
+
+    #[allow(clippy::type_complexity)]
+    fn ask_all(
+        &self,
+        before: &[Before],
+        visit: &Visit<'_>,
+        ctx: &mut Context<'_, '_>,
+    ) -> Result<(Vec<Thread>, (signals::ProcessState, settings::ProcessState, timers::State, u64))> {
+        let pid = self.frozen.pid;
+        let mut threads = Vec::new();
+        let mut of_process = None;
+        for thread in before {
+            let mut batch = Batch::new();
+            let asked = self.ask(&mut batch, thread.tid == before[0].tid)?;
+            let inner = last(&thread.status.ns_pids);
+            let results = visit.run(thread.tid, inner, &batch).about(thread.tid, "visit")?;
+            if let Some((signals, settings, timers, brk)) = asked.process {
+                of_process = Some((
+                    signals::answer_process(pid, signals, &results)?,
+                    settings::answer_process(pid, &settings, &results)?,
+                    timers::answer(timers, &results),
+                    results.raw(brk) as u64,
+                ));
+            }
+            let xstate = ptrace::xstate(thread.tid).about(thread.tid, "extended registers")?;
+            let stopped = ctx.frozen.is_stopped(thread.tid);
+            threads.push(Thread {
+                tid: inner,
+                cpu: cpu::collect(&thread.regs, (ctx.blob)(&xstate)?),
+                signals: signals::answer_thread(thread.tid, asked.stack, &results, stopped)?,
+                creds: creds::answer(&thread.status, ctx.maps, asked.creds, &results),
+                seccomp: seccomp::collect(thread.tid, &thread.status, ctx.filters)?,
+                settings: settings::answer_thread(thread.tid, thread.rseq, &asked.settings, &results)?,
+            });
+        }
+        let of_process = of_process.ok_or_else(|| Error::nonsense("a process without threads"))?;
+        Ok((threads, of_process))
+    }
+
+    fn ask(&self, batch: &mut Batch, is_leader: bool) -> Result<Asked> {
+        let process = if is_leader {
+            let signals = signals::ask_process(batch, &self.status);
+            let settings = settings::ask_process(batch);
+            let timers = timers::ask(batch, self.frozen.pid)?;
+            let brk = batch.must("brk", libc::SYS_brk, [0.into()]);
+            Some((signals, settings, timers, brk))
+        } else {
+            None
+        };
+        Ok(Asked {
+            process,
+            stack: signals::ask_thread(batch),
+            creds: creds::ask(batch),
+            settings: settings::ask_thread(batch),
+        })
+    }
+}
+
+/// Signals that cannot be used as a marker: caught, blocked or pending in any thread.
+fn busy(threads: &[Before]) -> u64 {
+    let of_thread = |t: &Before| t.status.sig_caught | t.status.sig_blocked | t.status.sig_pending | t.status.shared_pending;
+    threads.iter().map(of_thread).fold(0, |all, one| all | one)
+}

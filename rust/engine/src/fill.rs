@@ -1,0 +1,34 @@
+//! The bytes of memory, from the image's page cache into the processes: one copy.
+
+use torpor_image::Reader;
+use torpor_sys::PAGE_SIZE;
+use torpor_sys::mem::Mapping;
+
+use crate::build::Skeleton;
+use crate::error::{About, Result};
+use crate::model::Inventory;
+use crate::stage::Cancel;
+
+/// How much of the image is mapped at once.
+const PIECE: u64 = 64 << 20;
+
+/// Fills the private memory of every process.
+pub fn fill(skeleton: &Skeleton, inventory: &Inventory, image: &Reader, cancel: &Cancel) -> Result<u64> {
+    let mut bytes = 0;
+    for (index, process) in inventory.processes.iter().enumerate().filter(|(_, p)| p.body.is_some()) {
+        let memory = skeleton.site(process.pid)?.memory();
+        for run in image.runs_of(index as u32).iter().filter(|r| !r.is_zero()) {
+            let total = run.pages * PAGE_SIZE;
+            let mut at = 0;
+            while at < total {
+                cancel.check()?;
+                let len = PIECE.min(total - at);
+                let data = Mapping::of(image.file(), run.offset + at, len as usize).about(process.pid, "image")?;
+                memory.scatter(run.start + at, data.bytes()).about(process.pid, "memory")?;
+                at += len;
+            }
+            bytes += total;
+        }
+    }
+    Ok(bytes)
+}

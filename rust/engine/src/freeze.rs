@@ -1,0 +1,306 @@
+//! Stopping every thread of a container, so that it goes on as if nothing had happened when we let go, in
+//! whatever way that comes about.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::time::{Duration, Instant};
+
+use torpor_sys::cgroup::Freezer;
+use torpor_sys::ptrace::{self, Options};
+use torpor_sys::wait::{self, Event};
+use torpor_sys::{Pid, fork, proc};
+
+use crate::error::{About, Error, Result};
+
+const LIMIT: Duration = Duration::from_secs(10);
+
+/// A process whose threads are all stopped by us.
+#[derive(Debug)]
+pub struct FrozenProcess {
+    /// Its id in our pid namespace.
+    pub pid: Pid,
+    /// Its threads, the leader first.
+    pub threads: Vec<Pid>,
+}
+
+/// A stopped container. Dropping it lets it run on, paused if it was paused before.
+#[derive(Debug)]
+pub struct Frozen {
+    /// Init first, then by id.
+    pub processes: Vec<FrozenProcess>,
+    /// When the first thread may have stopped.
+    pub since: Instant,
+    freezer: Option<Freezer>,
+    was_paused: bool,
+    seized: BTreeMap<Pid, Pid>,
+    /// Threads stopped by a signal (SIGSTOP and its like) before we came.
+    stopped: BTreeSet<Pid>,
+}
+
+/// Stops every thread of the container whose init is `init`.
+///
+/// With a freezer the set of tasks cannot change while they are seized. A task of a frozen v1 group reaches its
+/// ptrace stop only when thawed, so the order is: freeze, seize and interrupt all, thaw, wait. The group is
+/// frozen only for the moment that takes: a tracer that is killed must not leave a frozen container.
+/// Without a freezer tasks are seized with their children followed until a pass finds nothing new.
+pub fn freeze(init: Pid) -> Result<Frozen> {
+    let freezer = Freezer::of(init).about(init, "cgroup")?;
+    let was_paused = match &freezer {
+        Some(f) => f.is_frozen().about(init, "freezer")?,
+        None => false,
+    };
+    let mut frozen = Frozen {
+        processes: Vec::new(),
+        since: Instant::now(),
+        freezer,
+        was_paused,
+        seized: BTreeMap::new(),
+        stopped: BTreeSet::new(),
+    };
+    match frozen.freezer.clone() {
+        Some(freezer) => frozen.stop_group(init, &freezer)?,
+        None => frozen.stop_tree(init)?,
+    }
+    frozen.sort(init);
+    Ok(frozen)
+}
+
+impl Frozen {
+    fn stop_group(&mut self, init: Pid, freezer: &Freezer) -> Result<()> {
+        if !self.was_paused {
+            freezer.freeze(LIMIT).about(init, "freezer")?;
+        }
+        let thaw = Thaw(freezer);
+        for pid in freezer.pids().about(init, "cgroup.procs")? {
+            self.seize_process(pid, Options::SUSPEND_SECCOMP)?;
+        }
+        drop(thaw);
+        self.wait_all()
+    }
+
+    fn stop_tree(&mut self, init: Pid) -> Result<()> {
+        let options = Options::SUSPEND_SECCOMP.and(Options::FOLLOW);
+        loop {
+            let before = self.seized.len();
+            for pid in tree(init)? {
+                self.seize_process(pid, options)?;
+            }
+            if self.seized.len() == before {
+                break;
+            }
+            self.wait_all()?;
+        }
+        for tid in self.seized.keys() {
+            ptrace::set_options(*tid, Options::SUSPEND_SECCOMP).about(*tid, "thread")?;
+        }
+        Ok(())
+    }
+
+    fn seize_process(&mut self, pid: Pid, options: Options) -> Result<()> {
+        let Ok(stat) = proc::stat(pid) else { return Ok(()) };
+        if stat.state == 'Z' {
+            return self.check_zombie(pid);
+        }
+        for tid in proc::threads(pid).unwrap_or_default() {
+            if self.seized.contains_key(&tid) {
+                continue;
+            }
+            match ptrace::seize(tid, options) {
+                Ok(()) => {
+                    self.seized.insert(tid, pid);
+                    ptrace::interrupt(tid).about(tid, "thread")?;
+                }
+                Err(e) if ptrace::is_gone(&e) => {}
+                Err(e) => return Err(why_not_seized(pid, tid, e)),
+            }
+        }
+        Ok(())
+    }
+
+    /// A zombie is state of its parent; one whose other threads live on is not carried yet.
+    fn check_zombie(&self, pid: Pid) -> Result<()> {
+        if proc::threads(pid).is_ok_and(|t| t.len() > 1) {
+            return Err(Error::unsupported(
+                pid,
+                "thread group",
+                "its main thread has ended while others run on, which is not carried yet",
+                "try again when it has ended",
+            ));
+        }
+        Ok(())
+    }
+
+    fn wait_all(&mut self) -> Result<()> {
+        let end = Instant::now() + LIMIT;
+        let waiting: Vec<Pid> = self.seized.keys().copied().filter(|t| !self.is_waited(*t)).collect();
+        for tid in waiting {
+            self.wait_stop(tid, end)?;
+        }
+        Ok(())
+    }
+
+    fn is_waited(&self, tid: Pid) -> bool {
+        self.processes.iter().any(|p| p.threads.contains(&tid))
+    }
+
+    fn wait_stop(&mut self, tid: Pid, end: Instant) -> Result<()> {
+        loop {
+            let left = end.saturating_duration_since(Instant::now());
+            match wait::until(tid, left).about(tid, "thread")? {
+                Event::Stopped { signal, event: ptrace::EVENT_STOP } => {
+                    if signal != libc_sigtrap() {
+                        self.stopped.insert(tid);
+                    }
+                    self.note(tid);
+                    return Ok(());
+                }
+                // A signal on its way: let it go on its way, the stop comes next.
+                Event::Stopped { signal, event: 0 } => ptrace::cont(tid, signal).about(tid, "thread")?,
+                Event::Stopped { .. } => self.follow(tid)?,
+                Event::Exited(_) | Event::Killed(_) => {
+                    self.seized.remove(&tid);
+                    return Ok(());
+                }
+                Event::Continued => {}
+            }
+        }
+    }
+
+    /// A task made a child before it stopped: the child is ours already.
+    fn follow(&mut self, tid: Pid) -> Result<()> {
+        let child = ptrace::event_message(tid).about(tid, "thread")? as Pid;
+        if let Ok(status) = proc::status(child) {
+            self.seized.insert(child, status.tgid);
+        }
+        ptrace::cont(tid, 0).about(tid, "thread")
+    }
+
+    fn note(&mut self, tid: Pid) {
+        let Some(&pid) = self.seized.get(&tid) else { return };
+        match self.processes.iter_mut().find(|p| p.pid == pid) {
+            Some(process) => process.threads.push(tid),
+            None => self.processes.push(FrozenProcess { pid, threads: vec![tid] }),
+        }
+    }
+
+    fn sort(&mut self, init: Pid) {
+        for process in &mut self.processes {
+            let pid = process.pid;
+            process.threads.sort_unstable_by_key(|t| (*t != pid, *t));
+        }
+        self.processes.sort_unstable_by_key(|p| (p.pid != init, p.pid));
+    }
+
+    /// Whether a thread was stopped by a signal before we came.
+    pub fn is_stopped(&self, tid: Pid) -> bool {
+        self.stopped.contains(&tid)
+    }
+
+    /// Lets the container run on.
+    pub fn release(mut self) -> Result<()> {
+        self.let_go()
+    }
+
+    /// Ends the container: its init exits with status 0, which takes every other process with it.
+    ///
+    /// A tracee that has ended stays until its tracer has waited for it, and init does not end before all
+    /// others are gone: so each is waited for here.
+    pub fn kill(mut self, init: Pid) -> Result<()> {
+        self.was_paused = false;
+        end_with_success(init)?;
+        let end = Instant::now() + LIMIT;
+        let (mains, others): (Vec<Pid>, Vec<Pid>) = self.seized.keys().partition(|t| **t == init);
+        for tid in others.into_iter().chain(mains) {
+            wait_gone(tid, end);
+        }
+        self.seized.clear();
+        Ok(())
+    }
+
+    fn let_go(&mut self) -> Result<()> {
+        if let (Some(freezer), true) = (&self.freezer, self.was_paused) {
+            freezer.pause_later().about(0, "freezer")?;
+        }
+        let mut first_error = Ok(());
+        for (&tid, _) in &self.seized {
+            if let Err(e) = ptrace::detach(tid, 0)
+                && !ptrace::is_gone(&e)
+                && first_error.is_ok()
+            {
+                first_error = Err(e).about(tid, "thread");
+            }
+        }
+        self.seized.clear();
+        first_error
+    }
+}
+
+impl Drop for Frozen {
+    fn drop(&mut self) {
+        // Nothing better can be done about a task that cannot be detached: the kernel does it when we end.
+        let _ = self.let_go();
+    }
+}
+
+/// Thaws a group on every way out.
+struct Thaw<'f>(&'f Freezer);
+
+impl Drop for Thaw<'_> {
+    fn drop(&mut self) {
+        let _ = self.0.thaw();
+    }
+}
+
+fn libc_sigtrap() -> i32 {
+    5
+}
+
+fn wait_gone(tid: Pid, end: Instant) {
+    while let Ok(event) = wait::until(tid, end.saturating_duration_since(Instant::now())) {
+        match event {
+            Event::Exited(_) | Event::Killed(_) => return,
+            Event::Stopped { .. } => drop(ptrace::cont(tid, 0)),
+            Event::Continued => {}
+        }
+    }
+    // It hangs in the kernel: what is left is to ask harder and to let it go.
+    let _ = fork::kill(tid, 9);
+    let _ = ptrace::detach(tid, 0);
+}
+
+/// The status of a container that was put to sleep is 0, as with runsc: it did not fail.
+fn end_with_success(init: Pid) -> Result<()> {
+    const EXIT_GROUP: u64 = 231;
+    let vmas = proc::maps(init).about(init, "maps")?;
+    let memory = torpor_sys::mem::Memory::open(init).about(init, "memory")?;
+    let Some(at) = crate::kinds::vdso::syscall_instruction(&memory, &vmas)? else {
+        return fork::kill(init, 9).about(init, "init");
+    };
+    let mut regs = ptrace::regs(init).about(init, "registers")?;
+    (regs.rip, regs.rax, regs.rdi, regs.orig_rax) = (at, EXIT_GROUP, 0, u64::MAX);
+    ptrace::set_sigmask(init, u64::MAX).about(init, "signal mask")?;
+    ptrace::set_regs(init, &regs).about(init, "registers")?;
+    ptrace::cont(init, 0).about(init, "init")
+}
+
+fn why_not_seized(pid: Pid, tid: Pid, error: torpor_sys::Error) -> Error {
+    let tracer = proc::status(tid).map(|s| s.tracer).unwrap_or(0);
+    if tracer != 0 {
+        let why = format!("it is traced by process {tracer}, and a task has one tracer");
+        return Error::unsupported(pid, "ptrace", why, "detach the debugger first");
+    }
+    Error::Kernel { stage: None, pid: Some(pid), object: "ptrace".into(), source: error }
+}
+
+/// A process and all its descendants.
+fn tree(init: Pid) -> Result<Vec<Pid>> {
+    let mut all = vec![init];
+    let mut at = 0;
+    while at < all.len() {
+        all.extend(proc::children(all[at]).unwrap_or_default());
+        at += 1;
+    }
+    if proc::stat(init).is_err() {
+        return Err(torpor_sys::Error::Died { pid: init, how: "before it could be stopped".into() }).about(init, "init");
+    }
+    Ok(all)
+}

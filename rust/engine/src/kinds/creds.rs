@@ -1,0 +1,137 @@
+//! Who a thread acts as: ids, groups, capabilities, securebits, no_new_privs. Kept in the container's own ids.
+
+use serde::{Deserialize, Serialize};
+use torpor_sys::proc::Status;
+use torpor_sys::remote::{Batch, Results};
+
+use crate::error::{Error, Result};
+use crate::plan::Bounds;
+
+/// The credentials of a thread.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct State {
+    /// Real, effective, saved, file system.
+    pub uids: [u32; 4],
+    /// The same of the group.
+    pub gids: [u32; 4],
+    /// Supplementary groups.
+    pub groups: Vec<u32>,
+    /// Capability sets as bit masks: inheritable, permitted, effective, bounding, ambient.
+    pub caps: [u64; 5],
+    /// prctl(2) PR_GET_SECUREBITS.
+    pub securebits: u64,
+    /// Cannot gain privileges by execve any more.
+    pub no_new_privs: bool,
+}
+
+/// The id maps of a container's user namespace: (inside, outside, count).
+#[derive(Debug, Clone, Default)]
+pub struct IdMaps {
+    /// Of users.
+    pub uids: Vec<(u32, u32, u32)>,
+    /// Of groups.
+    pub gids: Vec<(u32, u32, u32)>,
+}
+
+fn inside(map: &[(u32, u32, u32)], id: u32) -> u32 {
+    let find = |&&(_, outside, count): &&(u32, u32, u32)| id.wrapping_sub(outside) < count;
+    map.iter().find(find).map_or(65534, |&(inside, outside, _)| inside + (id - outside))
+}
+
+/// Asks for what /proc does not tell: the securebits.
+pub fn ask(batch: &mut Batch) -> usize {
+    batch.must("PR_GET_SECUREBITS", libc::SYS_prctl, [libc::PR_GET_SECUREBITS.into()])
+}
+
+/// The credentials of a thread.
+pub fn answer(status: &Status, maps: &IdMaps, asked: usize, results: &Results) -> State {
+    State {
+        uids: status.uids.map(|id| inside(&maps.uids, id)),
+        gids: status.gids.map(|id| inside(&maps.gids, id)),
+        groups: status.groups.iter().map(|id| inside(&maps.gids, *id)).collect(),
+        caps: [
+            status.cap_inheritable,
+            status.cap_permitted,
+            status.cap_effective,
+            status.cap_bounding,
+            status.cap_ambient,
+        ],
+        securebits: results.raw(asked) as u64,
+        no_new_privs: status.no_new_privs,
+    }
+}
+
+/// # Errors
+/// Refused when the image wants more than the new container's spec grants.
+pub fn plan(pid: i32, state: &State, bounds: &Bounds) -> Result<()> {
+    let names = ["inheritable", "permitted", "effective", "bounding", "ambient"];
+    for (name, caps) in names.iter().zip(state.caps) {
+        let extra = caps & !bounds.capabilities;
+        if extra != 0 {
+            let why = format!("the image asks for {name} capabilities {extra:#x} that the container does not grant");
+            return Err(Error::refused(pid, "capabilities", why));
+        }
+    }
+    if bounds.no_new_privs && !state.no_new_privs {
+        return Err(Error::refused(pid, "no_new_privs", "the container sets it, the image does not"));
+    }
+    if let Some(uid) = bounds.only_uid
+        && state.uids.iter().any(|u| *u == 0 && uid != 0)
+    {
+        let why = format!("the image acts as user 0, the container runs as user {uid} without CAP_SETUID");
+        return Err(Error::refused(pid, "uid", why));
+    }
+    Ok(())
+}
+
+/// Sets everything, for one thread, by raw calls. The order is forced: the bounding set and the securebits need
+/// CAP_SETPCAP; ambient capabilities must be permitted and inheritable; changing ids drops capabilities unless
+/// SECBIT_NO_SETUID_FIXUP says otherwise (capabilities(7)).
+pub fn rebuild(batch: &mut Batch, state: &State, have: u64) {
+    const SECBIT_NO_SETUID_FIXUP: u64 = 1 << 2;
+    let [inheritable, permitted, effective, bounding, ambient] = state.caps;
+    let prctl = libc::SYS_prctl;
+    batch.must("PR_SET_SECUREBITS", prctl, [libc::PR_SET_SECUREBITS.into(), SECBIT_NO_SETUID_FIXUP.into()]);
+    for cap in (0..64u64).filter(|c| have >> c & 1 == 1 && bounding >> c & 1 == 0) {
+        batch.must("PR_CAPBSET_DROP", prctl, [libc::PR_CAPBSET_DROP.into(), cap.into()]);
+    }
+    ids(batch, state);
+    capset(batch, [have, have, inheritable]);
+    batch.must("PR_CAP_AMBIENT", prctl, [libc::PR_CAP_AMBIENT.into(), libc::PR_CAP_AMBIENT_CLEAR_ALL.into()]);
+    for cap in (0..64u64).filter(|c| ambient >> c & 1 == 1) {
+        let raise = libc::PR_CAP_AMBIENT_RAISE;
+        batch.must("PR_CAP_AMBIENT_RAISE", prctl, [libc::PR_CAP_AMBIENT.into(), raise.into(), cap.into()]);
+    }
+    batch.must("PR_SET_SECUREBITS", prctl, [libc::PR_SET_SECUREBITS.into(), state.securebits.into()]);
+    capset(batch, [effective, permitted, inheritable]);
+    if state.no_new_privs {
+        batch.must("PR_SET_NO_NEW_PRIVS", prctl, [libc::PR_SET_NO_NEW_PRIVS.into(), 1.into()]);
+    }
+}
+
+fn ids(batch: &mut Batch, state: &State) {
+    let groups: Vec<u8> = state.groups.iter().flat_map(|g| g.to_le_bytes()).collect();
+    let list = batch.data(&groups);
+    // A user namespace may forbid it (setgroups "deny"); then the groups are what they always were.
+    batch.may("setgroups", libc::SYS_setgroups, [state.groups.len().into(), list.into()]);
+    let [r, e, s, f] = state.gids;
+    batch.must("setresgid", libc::SYS_setresgid, [r.into(), e.into(), s.into()]);
+    batch.may("setfsgid", libc::SYS_setfsgid, [f.into()]);
+    let [r, e, s, f] = state.uids;
+    batch.must("setresuid", libc::SYS_setresuid, [r.into(), e.into(), s.into()]);
+    batch.may("setfsuid", libc::SYS_setfsuid, [f.into()]);
+}
+
+/// `[effective, permitted, inheritable]` by capset(2), version 3: two words of 32 bits each.
+fn capset(batch: &mut Batch, sets: [u64; 3]) {
+    const VERSION_3: u64 = 0x2008_0522;
+    let header = batch.data(&VERSION_3.to_le_bytes());
+    let mut bytes = Vec::new();
+    for half in [0, 32] {
+        for set in sets {
+            bytes.extend_from_slice(&((set >> half) as u32).to_le_bytes());
+        }
+    }
+    let data = batch.data(&bytes);
+    batch.must("capset", libc::SYS_capset, [header.into(), data.into()]);
+}

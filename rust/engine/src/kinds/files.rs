@@ -1,0 +1,329 @@
+//! Open file descriptions and the descriptors that refer to them.
+
+use std::collections::BTreeMap;
+use std::os::fd::OwnedFd;
+
+use serde::{Deserialize, Serialize};
+use torpor_image::BlobRef;
+use torpor_sys::fd::{self, FileId};
+use torpor_sys::kcmp;
+use torpor_sys::proc::{self, FdInfo};
+use torpor_sys::{Pid, pidfd};
+
+use super::{console, epoll, eventfd, inet, memory, pipe, unix};
+use crate::error::{About, Error, Result};
+
+/// One entry of a descriptor table.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Descriptor {
+    /// Its number.
+    pub fd: i32,
+    /// FD_CLOEXEC.
+    pub cloexec: bool,
+    /// Index of the open file description.
+    pub description: usize,
+}
+
+/// An open file description, shared by however many descriptors.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct Description {
+    /// O_* flags without O_CLOEXEC.
+    pub flags: i32,
+    /// File position.
+    pub pos: i64,
+    /// What is open.
+    pub object: Object,
+}
+
+/// What a description is open on.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(tag = "kind", rename_all = "kebab-case")]
+pub enum Object {
+    /// Leads out of the container: standard input, output or error of whoever started it.
+    Stdio {
+        /// 0, 1 or 2.
+        index: usize,
+    },
+    /// A file, directory or device with a name.
+    Path(PathState),
+    /// A shared object (memfd, file without a name), by index.
+    Shared {
+        /// Index.
+        index: usize,
+    },
+    /// One end of a pipe, by index; which end is in the flags.
+    Pipe {
+        /// Index.
+        index: usize,
+    },
+    /// A counter.
+    Eventfd(eventfd::State),
+    /// An epoll instance.
+    Epoll(epoll::State),
+    /// A unix socket.
+    Unix(Box<unix::State>),
+    /// A TCP or UDP socket.
+    Inet(Box<inet::State>),
+}
+
+/// A file with a name.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct PathState {
+    /// Its path in the container.
+    pub path: String,
+    /// Type and permissions.
+    pub mode: u32,
+    /// Size in bytes.
+    pub size: u64,
+    /// Time of its last change, in nanoseconds after the epoch.
+    pub mtime: i64,
+}
+
+/// A description as it is found, before it is known what it is.
+#[derive(Debug)]
+struct Found {
+    holder: Pid,
+    number: i32,
+    info: FdInfo,
+    link: String,
+    id: FileId,
+    fd: OwnedFd,
+}
+
+/// All descriptions of a container, found once each.
+#[derive(Debug, Default)]
+pub struct Survey {
+    found: Vec<Found>,
+    by_key: BTreeMap<(u64, u64, i32, i64), Vec<usize>>,
+}
+
+impl Survey {
+    /// The descriptor table of a process.
+    pub fn add_process(&mut self, pid: Pid) -> Result<Vec<Descriptor>> {
+        let process = pidfd::open(pid).about(pid, "pidfd")?;
+        let mut table = Vec::new();
+        for number in proc::fds(pid).about(pid, "descriptors")? {
+            let object = || format!("fd {number}");
+            let info = proc::fdinfo(pid, number).about(pid, object())?;
+            let cloexec = info.flags & libc::O_CLOEXEC != 0;
+            let fd = pidfd::get_fd(&process, number).about(pid, object())?;
+            let description = self.add(pid, number, info, fd)?;
+            table.push(Descriptor { fd: number, cloexec, description });
+        }
+        Ok(table)
+    }
+
+    /// Descriptions are the same when kcmp(2) says so; only those that look alike are compared.
+    fn add(&mut self, pid: Pid, number: i32, mut info: FdInfo, fd: OwnedFd) -> Result<usize> {
+        let object = || format!("fd {number}");
+        info.flags &= !libc::O_CLOEXEC;
+        let id = fd::stat(&fd).about(pid, object())?;
+        let key = (id.dev, id.ino, info.flags, info.pos);
+        for &known in self.by_key.get(&key).into_iter().flatten() {
+            let other = &self.found[known];
+            let order = kcmp::order(other.holder, pid, kcmp::Kind::File, other.number, number);
+            if order.about(pid, object())?.is_eq() {
+                return Ok(known);
+            }
+        }
+        let link = proc::link(&format!("/proc/{pid}/fd/{number}")).about(pid, object())?;
+        self.found.push(Found { holder: pid, number, info, link, id, fd });
+        self.by_key.entry(key).or_default().push(self.found.len() - 1);
+        Ok(self.found.len() - 1)
+    }
+
+    fn sockets(&self) -> std::collections::BTreeSet<u64> {
+        self.found.iter().filter(|f| f.id.kind() == libc::S_IFSOCK).map(|f| f.id.ino).collect()
+    }
+}
+
+/// What naming the descriptions needs.
+#[allow(missing_debug_implementations)]
+pub struct Naming<'a, 'v> {
+    /// The container's init, in our pid namespace.
+    pub init: Pid,
+    /// Paths and shared objects.
+    pub tables: &'a mut memory::Tables<'v>,
+    /// Pipes found so far.
+    pub pipes: Vec<pipe::State>,
+    /// The console, once it is found.
+    pub console: Option<OwnedFd>,
+    /// Stores bytes in the image.
+    pub blob: &'a mut dyn FnMut(&[u8]) -> Result<BlobRef>,
+}
+
+/// Says of each description what it is. `tables` are the descriptor tables of all processes, init's first.
+pub fn collect(survey: &Survey, tables: &[(Pid, Vec<Descriptor>)], naming: &mut Naming<'_, '_>) -> Result<Vec<Description>> {
+    let sockets = survey.sockets();
+    let unix = if sockets.is_empty() { None } else { Some(unix::survey(naming.init)?) };
+    let mut all = Vec::new();
+    for index in 0..survey.found.len() {
+        let found = &survey.found[index];
+        check_common(found)?;
+        let object = match outside(survey, found, naming)? {
+            true => None,
+            false => object(survey, tables, found, unix.as_ref(), &sockets, naming)?,
+        };
+        let object = match object {
+            Some(object) => object,
+            None => stdio(survey, tables, index)?.ok_or_else(|| leads_out(found))?,
+        };
+        all.push(Description { flags: found.info.flags, pos: found.info.pos, object });
+    }
+    Ok(all)
+}
+
+fn leads_out(found: &Found) -> Error {
+    let why = "it leads out of the container and is not one of the standard streams of its first process";
+    Error::unsupported(found.holder, format!("fd {} ({})", found.number, found.link), why, "close it before the checkpoint")
+}
+
+fn check_common(found: &Found) -> Result<()> {
+    let refuse = |why: &str| {
+        let object = format!("fd {} ({})", found.number, found.link);
+        Err(Error::unsupported(found.holder, object, why, ""))
+    };
+    if found.info.lines.iter().any(|l| l.starts_with("lock:")) {
+        return refuse("file locks are not carried yet");
+    }
+    if found.info.flags & libc::O_ASYNC != 0 {
+        return refuse("signal-driven I/O (O_ASYNC) is not carried yet");
+    }
+    Ok(())
+}
+
+/// Whether a description leads out of the container: a file on a mount that the container does not have, a
+/// terminal whose master is outside, a pipe whose other end is.
+fn outside(survey: &Survey, found: &Found, naming: &mut Naming<'_, '_>) -> Result<bool> {
+    let pty = found.id.kind() == libc::S_IFCHR && console::is_pty(found.id.rdev);
+    if pty && naming.console.is_none() {
+        let copy = found.fd.try_clone().map_err(|e| torpor_sys::Error::io("dup", "terminal", &e));
+        naming.console = Some(copy.about(found.holder, "terminal")?);
+    }
+    match found.id.kind() {
+        libc::S_IFCHR if pty => Ok(true),
+        libc::S_IFREG | libc::S_IFDIR | libc::S_IFCHR | libc::S_IFBLK | libc::S_IFLNK => {
+            let is_named = found.link.starts_with('/') && !found.link.starts_with("/memfd:");
+            Ok(is_named && !naming.tables.view.has_mount(found.info.mnt_id))
+        }
+        libc::S_IFIFO if found.link.starts_with("pipe:") => Ok(pipe_leads_out(survey, found)),
+        _ => Ok(false),
+    }
+}
+
+/// An end that the container lacks exists elsewhere, or nowhere: poll(2) on the one that it has tells. The
+/// pipe is then not ours, unless the other end was closed: that is a state like any other.
+fn pipe_leads_out(survey: &Survey, found: &Found) -> bool {
+    let ends = |mode: i32| {
+        survey.found.iter().any(|f| {
+            let access = f.info.flags & libc::O_ACCMODE;
+            (f.id.dev, f.id.ino) == (found.id.dev, found.id.ino) && (access == mode || access == libc::O_RDWR)
+        })
+    };
+    if ends(libc::O_RDONLY) && ends(libc::O_WRONLY) {
+        return false;
+    }
+    let gone = if ends(libc::O_RDONLY) { libc::POLLHUP } else { libc::POLLERR };
+    fd::poll_now(&found.fd) & gone == 0
+}
+
+/// Which standard stream a description that leads out belongs to: init's own, by description, by file, or, when
+/// init has closed its own, by the number at which some process holds it.
+fn stdio(survey: &Survey, tables: &[(Pid, Vec<Descriptor>)], index: usize) -> Result<Option<Object>> {
+    let found = &survey.found[index];
+    let streams = |table: &'_ [Descriptor]| -> Vec<(usize, usize)> {
+        table.iter().filter(|d| (0..3).contains(&d.fd)).map(|d| (d.fd as usize, d.description)).collect()
+    };
+    let Some((_, init)) = tables.first() else { return Ok(None) };
+    let of_init = streams(init);
+    if let Some((at, _)) = of_init.iter().find(|(_, d)| *d == index) {
+        return Ok(Some(Object::Stdio { index: *at }));
+    }
+    let same_file = |d: usize| {
+        let other = &survey.found[d];
+        (other.id.dev, other.id.ino) == (found.id.dev, found.id.ino)
+            && other.info.flags & libc::O_ACCMODE == found.info.flags & libc::O_ACCMODE
+    };
+    if let Some((at, _)) = of_init.iter().find(|(_, d)| same_file(*d)) {
+        return Ok(Some(Object::Stdio { index: *at }));
+    }
+    let elsewhere = tables.iter().flat_map(|(_, t)| streams(t)).find(|(_, d)| *d == index || same_file(*d));
+    Ok(elsewhere.map(|(at, _)| Object::Stdio { index: at }))
+}
+
+/// What a description inside the container is; `None` when it turns out to lead out.
+fn object(
+    survey: &Survey,
+    tables: &[(Pid, Vec<Descriptor>)],
+    found: &Found,
+    unix: Option<&unix::Survey>,
+    sockets: &std::collections::BTreeSet<u64>,
+    naming: &mut Naming<'_, '_>,
+) -> Result<Option<Object>> {
+    let (pid, number) = (found.holder, found.number);
+    match found.id.kind() {
+        libc::S_IFREG | libc::S_IFDIR | libc::S_IFCHR | libc::S_IFBLK => path(found, naming).map(Some),
+        libc::S_IFIFO if found.link.starts_with("pipe:") => pipe_end(found, naming).map(Some),
+        libc::S_IFSOCK => {
+            let domain = fd::socket_domain(&found.fd).about(pid, format!("fd {number}"))?;
+            if domain != libc::AF_UNIX {
+                return Ok(Some(Object::Inet(Box::new(inet::collect(pid, number, &found.fd)?))));
+            }
+            let Some(survey) = unix else { return Ok(None) };
+            match unix::collect(pid, number, &found.fd, found.id.ino, survey, sockets, naming.blob)? {
+                unix::Found::Inside(state) => Ok(Some(Object::Unix(state))),
+                unix::Found::Outside => Ok(None),
+            }
+        }
+        _ if found.link == "anon_inode:[eventfd]" => {
+            Ok(Some(Object::Eventfd(eventfd::collect(pid, number, &found.info)?)))
+        }
+        _ if found.link == "anon_inode:[eventpoll]" => {
+            let has = |fd: i32, ino: u64| {
+                let table = tables.iter().filter(|(p, _)| *p == pid).flat_map(|(_, t)| t);
+                table.into_iter().any(|d| d.fd == fd && survey.found[d.description].id.ino == ino)
+            };
+            Ok(Some(Object::Epoll(epoll::collect(pid, number, &found.info, has)?)))
+        }
+        _ => {
+            let object = format!("fd {number} ({})", found.link);
+            Err(Error::unsupported(pid, object, "this kind of file is not carried yet", "close it before the checkpoint"))
+        }
+    }
+}
+
+fn pipe_end(found: &Found, naming: &mut Naming<'_, '_>) -> Result<Object> {
+    let ino = found.id.ino;
+    if let Some(index) = naming.pipes.iter().position(|p| p.ino == ino) {
+        return Ok(Object::Pipe { index });
+    }
+    let state = pipe::collect(found.holder, ino, &found.fd, naming.blob)?;
+    naming.pipes.push(state);
+    Ok(Object::Pipe { index: naming.pipes.len() - 1 })
+}
+
+fn path(found: &Found, naming: &mut Naming<'_, '_>) -> Result<Object> {
+    let (pid, object) = (found.holder, format!("fd {} ({})", found.number, found.link));
+    if found.id.kind() == libc::S_IFREG
+        && found.info.flags & libc::O_PATH == 0
+        && let Some(index) = naming.tables.shared.index(pid, &found.link, &found.fd)?
+    {
+        return Ok(Object::Shared { index });
+    }
+    if found.id.nlink == 0 {
+        return Err(Error::unsupported(pid, object, "a removed file of this kind is not carried yet", ""));
+    }
+    naming.tables.view.check(pid, &object, &found.link, &found.id)?;
+    let id = &found.id;
+    Ok(Object::Path(PathState { path: found.link.clone(), mode: id.mode, size: id.size, mtime: id.mtime }))
+}
+
+/// # Errors
+/// Refused when a file that was only read is not what it was.
+pub fn check_unchanged(pid: i32, path: &str, size: u64, is_file: bool, now: &FileId) -> Result<()> {
+    if is_file && now.size != size {
+        let why = format!("it had {size} bytes when the image was made and has {} now", now.size);
+        return Err(Error::unsupported(pid, format!("file {path}"), why, "restore with the files of the checkpoint"));
+    }
+    Ok(())
+}

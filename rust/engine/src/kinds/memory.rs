@@ -1,0 +1,299 @@
+//! The address space of a process: its mappings, where its data is, and the addresses that the kernel keeps.
+
+use std::os::fd::OwnedFd;
+
+use serde::{Deserialize, Serialize};
+use torpor_sys::fd;
+use torpor_sys::mem::Memory;
+use torpor_sys::proc::{self, Stat, Vma};
+use torpor_sys::remote::{Arg, Batch};
+use torpor_sys::{PAGE_SIZE, Pid};
+
+use super::paths::View;
+use super::{shared, vdso};
+use crate::error::{About, Error, Result};
+
+/// An address space.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct State {
+    /// Mappings, by address.
+    pub areas: Vec<Area>,
+    /// Start and length of the kernel's own parts (vvar, vdso), by address.
+    pub kernel: Vec<(u64, u64)>,
+    /// The first eleven fields of `struct prctl_mm_map`: code, data, brk, stack, arguments, environment.
+    pub map: [u64; 11],
+    /// Auxiliary vector.
+    pub auxv: Vec<u64>,
+    /// The program, as an index into the mapped files or a shared object.
+    pub exe: Source,
+}
+
+/// Where the pages of a mapping come from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Source {
+    /// Zeroes.
+    Nothing,
+    /// A file with a name, by index.
+    File(usize),
+    /// A shared object, by index.
+    Shared(usize),
+}
+
+/// One mapping.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Area {
+    /// First byte.
+    pub start: u64,
+    /// First byte after it.
+    pub end: u64,
+    /// PROT_* bits.
+    pub prot: i32,
+    /// MAP_* bits other than how the address is chosen.
+    pub flags: i32,
+    /// What is mapped.
+    pub source: Source,
+    /// Where in the file, in bytes.
+    pub offset: u64,
+    /// Name given by PR_SET_VMA_ANON_NAME.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub name: Option<String>,
+    /// Advice given by madvise(2) that lasts.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub advice: Vec<i32>,
+    /// Locked in memory.
+    #[serde(default)]
+    pub locked: bool,
+}
+
+/// A file that is mapped.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct MappedFile {
+    /// Its path in the container.
+    pub path: String,
+    /// Mapped so that it could be written.
+    pub writable: bool,
+    /// Size in bytes when it was saved.
+    pub size: u64,
+    /// Time of its last change, in nanoseconds after the epoch.
+    pub mtime: i64,
+}
+
+/// VmFlags (proc(5)) and the madvise(2) advice that sets each.
+const ADVICE: [(&[u8; 2], i32); 7] = [
+    (b"sr", libc::MADV_SEQUENTIAL),
+    (b"rr", libc::MADV_RANDOM),
+    (b"dc", libc::MADV_DONTFORK),
+    (b"dd", libc::MADV_DONTDUMP),
+    (b"hg", libc::MADV_HUGEPAGE),
+    (b"nh", libc::MADV_NOHUGEPAGE),
+    (b"wf", libc::MADV_WIPEONFORK),
+];
+
+/// Flags of mappings that are not carried, and what to call them.
+const REFUSED: [(&[u8; 2], &str); 8] = [
+    (b"ht", "memory of huge pages (hugetlbfs)"),
+    (b"um", "memory watched by userfaultfd"),
+    (b"uw", "memory write-protected by userfaultfd"),
+    (b"ui", "memory watched by userfaultfd"),
+    (b"ss", "a shadow stack"),
+    (b"sl", "sealed memory (mseal)"),
+    (b"io", "memory of a device"),
+    (b"mg", "memory merged by KSM"),
+];
+
+/// What several address spaces share while they are collected.
+#[derive(Debug)]
+pub struct Tables<'v> {
+    /// How the container sees its files.
+    pub view: &'v View,
+    /// Files with a name that are mapped.
+    pub mapped: Vec<MappedFile>,
+    /// Shared objects.
+    pub shared: shared::Table,
+}
+
+/// The address space of a stopped process. `vmas` come from smaps.
+pub fn collect(pid: Pid, vmas: &[Vma], stat: &Stat, brk: u64, tables: &mut Tables<'_>) -> Result<State> {
+    let kernel = vmas.iter().filter(|v| vdso::is_part(v)).map(|v| (v.start, v.len())).collect();
+    let mut areas = Vec::new();
+    for vma in vmas.iter().filter(|v| !vdso::is_part(v) && v.name != "[vsyscall]") {
+        areas.push(area(pid, vma, tables)?);
+    }
+    let auxv = proc::auxv(pid).about(pid, "auxv")?;
+    let word = |c: &[u8]| u64::from_le_bytes([c[0], c[1], c[2], c[3], c[4], c[5], c[6], c[7]]);
+    Ok(State {
+        areas,
+        kernel,
+        map: [
+            stat.start_code, stat.end_code, stat.start_data, stat.end_data, stat.start_brk, brk,
+            stat.start_stack, stat.arg_start, stat.arg_end, stat.env_start, stat.env_end,
+        ],
+        auxv: auxv.chunks_exact(8).map(word).collect(),
+        exe: exe(pid, tables)?,
+    })
+}
+
+fn exe(pid: Pid, tables: &mut Tables<'_>) -> Result<Source> {
+    let path = format!("/proc/{pid}/exe");
+    let link = proc::link(&path).about(pid, "exe")?;
+    let file = fd::open(&path, libc::O_RDONLY).about(pid, "exe")?;
+    source_of(pid, &link, &file, false, tables)
+}
+
+fn area(pid: Pid, vma: &Vma, tables: &mut Tables<'_>) -> Result<Area> {
+    let object = || format!("mapping {:x}-{:x} {}", vma.start, vma.end, vma.name);
+    for (flag, what) in REFUSED {
+        if vma.has(flag) {
+            return Err(Error::unsupported(pid, object(), format!("{what} is not carried yet"), ""));
+        }
+    }
+    shared::check_name(pid, &vma.name)?;
+    let is_file = vma.inode != 0;
+    let source = if is_file {
+        let path = format!("/proc/{pid}/map_files/{:x}-{:x}", vma.start, vma.end);
+        // A mapping whose file was opened for writing could be made writable by mprotect(2) later.
+        let writable = vma.shared && vma.has(b"mw");
+        let file = fd::open(&path, libc::O_RDONLY).about(pid, object())?;
+        source_of(pid, &vma.name, &file, writable, tables)?
+    } else {
+        Source::Nothing
+    };
+    let bit = |on: bool, flag| if on { flag } else { 0 };
+    let flags = if vma.shared { libc::MAP_SHARED } else { libc::MAP_PRIVATE }
+        | bit(source == Source::Nothing, libc::MAP_ANONYMOUS)
+        | bit(vma.has(b"gd"), libc::MAP_GROWSDOWN | libc::MAP_STACK)
+        | bit(!vma.has(b"ac"), libc::MAP_NORESERVE);
+    Ok(Area {
+        start: vma.start,
+        end: vma.end,
+        prot: vma.prot(),
+        flags,
+        source,
+        offset: vma.offset,
+        name: given_name(&vma.name),
+        advice: ADVICE.iter().filter(|(flag, _)| vma.has(flag)).map(|(_, advice)| *advice).collect(),
+        locked: vma.has(b"lo"),
+    })
+}
+
+fn given_name(name: &str) -> Option<String> {
+    let inner = name.strip_prefix("[anon:").or_else(|| name.strip_prefix("[anon_shmem:"))?;
+    inner.strip_suffix(']').map(String::from)
+}
+
+fn source_of(pid: Pid, name: &str, file: &OwnedFd, writable: bool, tables: &mut Tables<'_>) -> Result<Source> {
+    if let Some(index) = tables.shared.index(pid, name, file)? {
+        return Ok(Source::Shared(index));
+    }
+    let id = fd::stat(file).about(pid, name)?;
+    let zero = id.kind() == libc::S_IFCHR && id.rdev == libc::makedev(1, 5);
+    if id.kind() != libc::S_IFREG && !zero {
+        let why = "a mapping of something that is not a file is not carried";
+        return Err(Error::unsupported(pid, format!("mapping of {name}"), why, ""));
+    }
+    let path = name.replace("\\012", "\n");
+    let known = tables.mapped.iter().position(|m| m.path == path && m.writable == writable);
+    if let Some(index) = known {
+        return Ok(Source::File(index));
+    }
+    tables.view.check(pid, &format!("mapped file {path}"), &path, &id)?;
+    tables.mapped.push(MappedFile { path, writable, size: id.size, mtime: id.mtime });
+    Ok(Source::File(tables.mapped.len() - 1))
+}
+
+impl Area {
+    /// Whether its data belongs to the process alone, so that it is saved with it.
+    pub fn is_private(&self) -> bool {
+        self.flags & libc::MAP_PRIVATE != 0
+    }
+
+    /// Made writable until it is filled, when it is private: then its real protection is set by [`seal`].
+    fn filling(&self) -> bool {
+        self.is_private()
+    }
+}
+
+/// Maps one area. `fd` is where its file is open.
+pub fn rebuild_area(batch: &mut Batch, area: &Area, fd: Arg) {
+    let prot = if area.filling() { libc::PROT_READ | libc::PROT_WRITE } else { area.prot };
+    let flags = area.flags | libc::MAP_FIXED_NOREPLACE;
+    let what = format!("mmap of {:x}-{:x}", area.start, area.end);
+    let len = area.end - area.start;
+    let args = [area.start.into(), len.into(), prot.into(), flags.into(), fd, area.offset.into()];
+    batch.must(what, libc::SYS_mmap, args);
+    for advice in &area.advice {
+        batch.must("madvise", libc::SYS_madvise, [area.start.into(), len.into(), (*advice).into()]);
+    }
+}
+
+/// Gives an area that has been filled its final protection, name and lock.
+pub fn seal(batch: &mut Batch, area: &Area) {
+    const PR_SET_VMA: i32 = 0x5356_4d41;
+    let len = area.end - area.start;
+    if area.filling() && area.prot != libc::PROT_READ | libc::PROT_WRITE {
+        let what = format!("mprotect of {:x}-{:x}", area.start, area.end);
+        batch.must(what, libc::SYS_mprotect, [area.start.into(), len.into(), area.prot.into()]);
+    }
+    if let Some(name) = &area.name {
+        let text = batch.string(name);
+        let args = [PR_SET_VMA.into(), 0.into(), area.start.into(), len.into(), text.into()];
+        batch.may("PR_SET_VMA", libc::SYS_prctl, args);
+    }
+    if area.locked {
+        batch.must("mlock", libc::SYS_mlock, [area.start.into(), len.into()]);
+    }
+}
+
+/// Sets the kernel's notes on the address space: brk, arguments, auxiliary vector, program.
+pub fn rebuild_map(batch: &mut Batch, state: &State, exe: Arg) {
+    const PR_SET_MM: i32 = 35;
+    const PR_SET_MM_MAP: i32 = 14;
+    const SIZE: u64 = 104;
+    let auxv: Vec<u8> = state.auxv.iter().flat_map(|w| w.to_le_bytes()).collect();
+    let vector = batch.data(&auxv);
+    let mut bytes: Vec<u8> = state.map.iter().flat_map(|w| w.to_le_bytes()).collect();
+    bytes.extend_from_slice(&[0; 8]);
+    bytes.extend_from_slice(&(auxv.len() as u32).to_le_bytes());
+    let exe = match exe {
+        Arg::Value(fd) => fd as u32,
+        _ => u32::MAX,
+    };
+    bytes.extend_from_slice(&exe.to_le_bytes());
+    let map = batch.data(&bytes);
+    batch.point(map.skip(88), vector);
+    let args = [PR_SET_MM.into(), PR_SET_MM_MAP.into(), map.into(), SIZE.into(), 0.into()];
+    batch.must("PR_SET_MM_MAP", libc::SYS_prctl, args);
+}
+
+/// Unmaps everything below the end of user space but the given ranges (sorted).
+pub fn clear(batch: &mut Batch, keep: &[(u64, u64)]) {
+    const TOP: u64 = 0x7fff_ffff_f000;
+    let mut from = 0;
+    for &(start, end) in keep.iter().chain([&(TOP, TOP)]) {
+        if start > from {
+            batch.must("munmap", libc::SYS_munmap, [from.into(), (start - from).into()]);
+        }
+        from = from.max(end);
+    }
+}
+
+/// A range of `len` bytes that is free in all of the given layouts.
+pub fn common_hole(taken: &[(u64, u64)], len: u64) -> Option<u64> {
+    let mut taken = taken.to_vec();
+    taken.sort_unstable();
+    // Above the lowest addresses, which a program may map itself, and away from the top.
+    let mut from = 0x1000_0000u64;
+    for (start, end) in taken.into_iter().chain([(0x7000_0000_0000, 0)]) {
+        if start >= from.saturating_add(len + 2 * PAGE_SIZE) {
+            return Some(from + PAGE_SIZE);
+        }
+        from = from.max(end);
+    }
+    None
+}
+
+/// Reads the memory of a process that is being visited or built.
+pub fn open(pid: Pid) -> Result<Memory> {
+    Memory::open(pid).about(pid, "memory")
+}

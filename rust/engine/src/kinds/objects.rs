@@ -1,0 +1,18 @@
+//! What more than one descriptor, mapping or thread may refer to.
+
+use serde::{Deserialize, Serialize};
+
+use super::{memory, pipe, seccomp, shared};
+
+/// Each list is referred to by index.
+#[derive(Debug, Default, Serialize, Deserialize)]
+pub struct Objects {
+    /// Seccomp filters.
+    pub seccomp: Vec<seccomp::State>,
+    /// Pipes.
+    pub pipes: Vec<pipe::State>,
+    /// Memory that is shared by mapping, and files without a name.
+    pub shared: Vec<shared::State>,
+    /// Files with a name that are mapped.
+    pub mapped: Vec<memory::MappedFile>,
+}

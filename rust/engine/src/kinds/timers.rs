@@ -1,0 +1,46 @@
+//! Interval timers (setitimer(2)). POSIX timers are not carried yet.
+
+use serde::{Deserialize, Serialize};
+use torpor_sys::Pid;
+use torpor_sys::remote::{Batch, Data, Results};
+
+use crate::error::{Error, Result};
+
+/// `struct itimerval`: interval s, µs, value s, µs.
+type Timer = [u64; 4];
+
+/// ITIMER_REAL, ITIMER_VIRTUAL, ITIMER_PROF with the time that was left.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct State {
+    /// By ITIMER_* number.
+    pub interval: [Timer; 3],
+}
+
+/// # Errors
+/// Refused when the process has POSIX timers.
+pub fn ask(batch: &mut Batch, pid: Pid) -> Result<[Data; 3]> {
+    let posix = std::fs::read_to_string(format!("/proc/{pid}/timers")).unwrap_or_default();
+    if let Some(id) = posix.lines().find_map(|l| l.strip_prefix("ID: ")) {
+        let why = "timers made by timer_create(2) are not carried yet";
+        return Err(Error::unsupported(pid, format!("POSIX timer {id}"), why, ""));
+    }
+    Ok([0, 1, 2].map(|which: i32| {
+        let room = batch.room(32);
+        batch.must("getitimer", libc::SYS_getitimer, [which.into(), room.into()]);
+        room
+    }))
+}
+
+/// The timers.
+pub fn answer(asked: [Data; 3], results: &Results) -> State {
+    State { interval: asked.map(|room| [0, 8, 16, 24].map(|at| results.u64(room.skip(at)))) }
+}
+
+/// Arms the timers: one of the last things, so that none fires in a half built process.
+pub fn rebuild(batch: &mut Batch, state: &State) {
+    for (which, timer) in state.interval.iter().enumerate().filter(|(_, t)| t[2] != 0 || t[3] != 0) {
+        let bytes: Vec<u8> = timer.iter().flat_map(|w| w.to_le_bytes()).collect();
+        let value = batch.data(&bytes);
+        batch.must("setitimer", libc::SYS_setitimer, [which.into(), value.into(), 0.into()]);
+    }
+}

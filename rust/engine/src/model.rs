@@ -1,0 +1,88 @@
+//! What a container is made of, as it is written into the image: a graph. Processes hold threads, an address
+//! space and a descriptor table; descriptors point to open file descriptions; those to objects. What is shared
+//! is stored once and referred to by index.
+
+use serde::{Deserialize, Serialize};
+
+use crate::kinds::{self, files::Description};
+
+/// Everything but the bytes of memory.
+#[derive(Debug, Default, Serialize, Deserialize)]
+pub struct Inventory {
+    /// Parents before their children; the first is the container's init.
+    pub processes: Vec<Process>,
+    /// Open file descriptions.
+    pub descriptions: Vec<Description>,
+    /// What descriptions and mappings share.
+    pub objects: kinds::objects::Objects,
+    /// The kernel's vdso and data pages, as far as a restore must find them again.
+    pub vdso: kinds::vdso::State,
+    /// The container's terminal, when it has one.
+    pub console: Option<kinds::console::State>,
+    /// What was seen and left out, in words.
+    pub warnings: Vec<String>,
+}
+
+/// One process, or a zombie. Ids are those of the container's own pid namespace.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct Process {
+    /// Its id.
+    pub pid: i32,
+    /// Its parent's id; 0 for init.
+    pub ppid: i32,
+    /// Process group.
+    pub pgid: i32,
+    /// Session.
+    pub sid: i32,
+    /// The signal its parent gets when it ends.
+    pub exit_signal: i32,
+    /// What is left of it when it has ended and nobody has waited for it: the status for wait(2).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub zombie: Option<i32>,
+    /// Everything that a zombie has no more.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub body: Option<Body>,
+}
+
+/// What only a living process has.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct Body {
+    /// The leader first.
+    pub threads: Vec<Thread>,
+    /// The address space.
+    pub memory: kinds::memory::State,
+    /// The descriptor table.
+    pub fds: Vec<kinds::files::Descriptor>,
+    /// Root, working directory, umask.
+    pub fs: kinds::fs::State,
+    /// Signal actions and signals pending for the whole process.
+    pub signals: kinds::signals::ProcessState,
+    /// Interval timers.
+    pub timers: kinds::timers::State,
+    /// Limits and other settings of the process.
+    pub settings: kinds::settings::ProcessState,
+}
+
+/// One thread.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct Thread {
+    /// Its id.
+    pub tid: i32,
+    /// Registers.
+    pub cpu: kinds::cpu::State,
+    /// Mask, pending signals, alternate stack.
+    pub signals: kinds::signals::ThreadState,
+    /// Who it acts as.
+    pub creds: kinds::creds::State,
+    /// Its seccomp filters, the first installed first; an index into [`Inventory::objects`].
+    pub seccomp: Vec<usize>,
+    /// Name, robust list, clear_child_tid, rseq.
+    pub settings: kinds::settings::ThreadState,
+}
+
+impl Inventory {
+    /// Number of threads of all living processes.
+    pub fn tasks(&self) -> usize {
+        self.processes.iter().filter_map(|p| p.body.as_ref()).map(|b| b.threads.len()).sum()
+    }
+}

@@ -1,0 +1,246 @@
+//! The tracer: a forked process that does the work, so that killing the caller never leaves a stopped container.
+//!
+//! Caller and tracer are joined by a socket. Its end tells each that the other is gone: the tracer undoes what it
+//! did; the caller thaws what the tracer may have left frozen. Messages are lines of JSON.
+
+use std::fs::File;
+use std::io::{Read, Write};
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use pyo3::prelude::*;
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+use torpor_engine::stage::Cancel;
+use torpor_sys::cgroup::Freezer;
+use torpor_sys::{Pid, fork, wait};
+
+use crate::errors::Failure;
+
+/// What the tracer tells.
+#[derive(Debug, Serialize, Deserialize)]
+enum Message {
+    /// Restored and stopped: may it run?
+    Loaded,
+    Done(Value),
+    Failed(Failure),
+}
+
+/// What the tracer does when its caller was killed in the middle of a restore.
+#[derive(Debug, Default, Deserialize)]
+struct Orphan {
+    #[serde(default)]
+    argv0_path: PathBuf,
+    #[serde(default)]
+    argv: Vec<String>,
+    #[serde(default)]
+    remove: Vec<PathBuf>,
+}
+
+/// The tracer's end of the socket.
+struct Caller(File);
+
+impl Caller {
+    fn tell(&mut self, message: &Message) -> std::io::Result<()> {
+        let mut line = serde_json::to_vec(message).map_err(std::io::Error::other)?;
+        line.push(b'\n');
+        self.0.write_all(&line)
+    }
+
+    /// Waits for the caller's word. Anything but "go" is a no.
+    fn allows(&mut self) -> bool {
+        let mut word = [0; 1];
+        self.0.read_exact(&mut word).is_ok() && word == *b"g"
+    }
+}
+
+/// The caller's end, and the process behind it.
+struct Tracer {
+    pid: Pid,
+    socket: File,
+    pending: Vec<u8>,
+}
+
+/// Forks a process that runs `work`. `work` gets the line to us and a flag that rises when we are gone.
+fn start(work: impl FnOnce(&mut Caller, &Cancel) -> Message) -> Result<Tracer, Failure> {
+    let failed = |e: torpor_sys::Error| Failure::new("kernel", e.to_string());
+    let (ours, theirs) = fork::socket_pair().map_err(failed)?;
+    let pid = fork::fork(|| in_tracer(theirs, work)).map_err(failed)?;
+    Ok(Tracer { pid, socket: File::from(ours), pending: Vec::new() })
+}
+
+fn in_tracer(socket: OwnedFd, work: impl FnOnce(&mut Caller, &Cancel) -> Message) -> i32 {
+    if fork::become_independent(c"torpor-tracer", &[socket.as_raw_fd()]).is_err() {
+        return 1;
+    }
+    wait::block_sigchld();
+    let cancel = Arc::new(Cancel::default());
+    if let (Ok(watched), flag) = (socket.try_clone(), Arc::clone(&cancel)) {
+        // Ends with the process.
+        std::thread::spawn(move || {
+            fork::wait_hangup(&watched);
+            flag.cancel();
+        });
+    }
+    let mut caller = Caller(File::from(socket));
+    let message = work(&mut caller, &cancel);
+    let _ = caller.tell(&message);
+    0
+}
+
+impl Tracer {
+    /// The next message; `None` when the tracer is gone. Looks after Python's signals while it waits.
+    fn next(&mut self, py: Python<'_>) -> PyResult<Option<Message>> {
+        loop {
+            if let Some(at) = self.pending.iter().position(|b| *b == b'\n') {
+                let line: Vec<u8> = self.pending.drain(..=at).collect();
+                return Ok(serde_json::from_slice(&line).ok());
+            }
+            py.check_signals()?;
+            let got = py.detach(|| fork::read_for(&self.socket, 100));
+            match got {
+                Ok(Some(bytes)) if bytes.is_empty() => return Ok(None),
+                Ok(Some(bytes)) => self.pending.extend_from_slice(&bytes),
+                Ok(None) => {}
+                Err(_) => return Ok(None),
+            }
+        }
+    }
+
+    fn answer(&mut self, word: &[u8]) {
+        // A tracer that is gone is noticed by the next read.
+        let _ = self.socket.write_all(word);
+    }
+
+    /// Hangs up and waits for the process.
+    fn end(self, py: Python<'_>) {
+        let Tracer { pid, socket, .. } = self;
+        drop(socket);
+        // Somebody else in this program may have waited for it already.
+        py.detach(|| drop(fork::wait_child(pid)));
+    }
+}
+
+/// What the caller puts right when the tracer was killed.
+struct Aftermath {
+    init: Pid,
+    was_frozen: bool,
+    new_dirs: Vec<PathBuf>,
+}
+
+impl Aftermath {
+    fn of(init: Pid, image: Option<&Path>) -> Aftermath {
+        let was_frozen = Freezer::of(init).ok().flatten().is_some_and(|f| f.is_frozen().unwrap_or(false));
+        let mut new_dirs = Vec::new();
+        let mut dir = image;
+        while let Some(d) = dir.filter(|d| !d.as_os_str().is_empty() && !d.exists()) {
+            new_dirs.push(d.to_path_buf());
+            dir = d.parent();
+        }
+        Aftermath { init, was_frozen, new_dirs }
+    }
+
+    fn put_right(&self) {
+        if let Ok(Some(freezer)) = Freezer::of(self.init) {
+            let _ = if self.was_frozen { freezer.freeze(Duration::from_secs(10)) } else { freezer.thaw() };
+        }
+        for dir in &self.new_dirs {
+            // Only what is empty goes.
+            let _ = std::fs::remove_dir(dir);
+        }
+    }
+}
+
+fn parse<T: for<'d> Deserialize<'d>>(py: Python<'_>, request: &str) -> PyResult<T> {
+    serde_json::from_str(request).map_err(|e| Failure::new("internal", format!("request: {e}")).raise(py))
+}
+
+fn conclude(result: Result<impl Serialize, torpor_engine::Error>) -> Message {
+    match result {
+        Ok(report) => Message::Done(serde_json::to_value(report).unwrap_or(Value::Null)),
+        Err(error) => Message::Failed(error.into()),
+    }
+}
+
+/// Runs a tracer to its end. `on_loaded` is asked when it wants to know whether to go on.
+fn attend(
+    py: Python<'_>,
+    mut tracer: Tracer,
+    aftermath: &Aftermath,
+    on_loaded: &mut dyn FnMut(Python<'_>) -> PyResult<()>,
+) -> PyResult<String> {
+    let mut refused = None;
+    let outcome = loop {
+        match tracer.next(py) {
+            Ok(Some(Message::Loaded)) => match on_loaded(py) {
+                Ok(()) => tracer.answer(b"g"),
+                Err(e) => {
+                    refused = Some(e);
+                    tracer.answer(b"n");
+                }
+            },
+            other => break other,
+        }
+    };
+    tracer.end(py);
+    if let Some(e) = refused {
+        return Err(e);
+    }
+    match outcome? {
+        Some(Message::Done(report)) => Ok(report.to_string()),
+        Some(Message::Failed(failure)) => Err(failure.raise(py)),
+        Some(Message::Loaded) | None => {
+            py.detach(|| aftermath.put_right());
+            let text = "the tracer process was killed; the container was left as it was";
+            Err(Failure::new("tracer-died", text).raise(py))
+        }
+    }
+}
+
+pub fn checkpoint(py: Python<'_>, request: &str) -> PyResult<String> {
+    let request: torpor_engine::checkpoint::Request = parse(py, request)?;
+    let aftermath = Aftermath::of(request.pid, Some(&request.image_path));
+    let work = |_: &mut Caller, cancel: &Cancel| conclude(torpor_engine::checkpoint(&request, cancel));
+    let tracer = start(work).map_err(|f| f.raise(py))?;
+    attend(py, tracer, &aftermath, &mut |_| Ok(()))
+}
+
+pub fn restore(py: Python<'_>, request: &str, on_loaded: &Py<PyAny>) -> PyResult<String> {
+    #[derive(Deserialize)]
+    struct Rest {
+        #[serde(default)]
+        orphan: Orphan,
+    }
+    let rest: Rest = parse(py, request)?;
+    let request: torpor_engine::restore::Request = parse(py, request)?;
+    let aftermath = Aftermath::of(request.pid, None);
+    let work = |caller: &mut Caller, cancel: &Cancel| {
+        let mut abandoned = false;
+        let result = torpor_engine::restore(&request, cancel, &mut || {
+            let told = caller.tell(&Message::Loaded).is_ok();
+            if told && caller.allows() {
+                return Ok(());
+            }
+            abandoned = true;
+            Err(torpor_engine::Error::Cancelled { stage: None })
+        });
+        if result.is_err() && (abandoned || cancel.check().is_err()) && cancel.check().is_err() {
+            clean_up(&rest.orphan);
+        }
+        conclude(result)
+    };
+    let tracer = start(work).map_err(|f| f.raise(py))?;
+    attend(py, tracer, &aftermath, &mut |py| on_loaded.call0(py).map(drop))
+}
+
+/// Removes a half restored container whose owner is gone.
+fn clean_up(orphan: &Orphan) {
+    if !orphan.argv.is_empty() {
+        let _ = std::process::Command::new(&orphan.argv0_path).args(&orphan.argv[1..]).status();
+    }
+    for path in &orphan.remove {
+        let _ = std::fs::remove_dir_all(path);
+    }
+}
