@@ -207,10 +207,11 @@ impl Frozen {
     pub fn kill(mut self, init: Pid) -> Result<()> {
         self.was_paused = false;
         end_with_success(init)?;
-        let end = Instant::now() + LIMIT;
-        let (mains, others): (Vec<Pid>, Vec<Pid>) = self.seized.keys().partition(|t| **t == init);
-        for tid in others.into_iter().chain(mains) {
-            wait_gone(tid, end);
+        let all: Vec<Pid> = self.seized.keys().copied().collect();
+        for tid in wait::all_gone(&all, LIMIT) {
+            // It hangs in the kernel: what is left is to ask harder and to let it go.
+            let _ = fork::kill(tid, 9);
+            let _ = ptrace::detach(tid, 0);
         }
         self.seized.clear();
         Ok(())
@@ -252,19 +253,6 @@ impl Drop for Thaw<'_> {
 
 fn libc_sigtrap() -> i32 {
     5
-}
-
-fn wait_gone(tid: Pid, end: Instant) {
-    while let Ok(event) = wait::until(tid, end.saturating_duration_since(Instant::now())) {
-        match event {
-            Event::Exited(_) | Event::Killed(_) => return,
-            Event::Stopped { .. } => drop(ptrace::cont(tid, 0)),
-            Event::Continued => {}
-        }
-    }
-    // It hangs in the kernel: what is left is to ask harder and to let it go.
-    let _ = fork::kill(tid, 9);
-    let _ = ptrace::detach(tid, 0);
 }
 
 /// The status of a container that was put to sleep is 0, as with runsc: it did not fail.

@@ -1,5 +1,7 @@
 //! The few system calls that need `unsafe` here, each as a safe function.
 
+use std::ffi::CStr;
+use std::io;
 use std::os::fd::{FromRawFd, OwnedFd, RawFd};
 
 use nix::fcntl::{FcntlArg, FdFlag, fcntl};
@@ -30,4 +32,38 @@ pub fn reset_signals() {
         unsafe { libc::signal(signal, libc::SIG_DFL) };
     }
     let _ = SigSet::empty().thread_set_mask();
+}
+
+/// Lets whoever has the keyring look for keys in it, besides what its owner may: else `exec` could not join it.
+const USER_SEARCH: libc::c_ulong = 0x0008_0000;
+const SETPERM_POSSESSOR_ALL: libc::c_ulong = 0x3f00_0000;
+
+/// Joins the session keyring of that name, made if there is none. A kernel without keyrings, or one whose filter forbids
+/// them, has none to hide.
+pub fn join_session_keyring(name: &CStr) -> io::Result<()> {
+    // SAFETY: the name is a C string that outlives the call; the kernel only reads it.
+    let id = unsafe {
+        libc::syscall(
+            libc::SYS_keyctl,
+            libc::KEYCTL_JOIN_SESSION_KEYRING as libc::c_ulong,
+            name.as_ptr(),
+        )
+    };
+    if id < 0 {
+        let error = io::Error::last_os_error();
+        return match error.raw_os_error() {
+            Some(libc::ENOSYS | libc::EPERM) => Ok(()),
+            _ => Err(error),
+        };
+    }
+    // SAFETY: plain numbers. It fails for a keyring that was there before and is another user's; joining was enough.
+    unsafe {
+        libc::syscall(
+            libc::SYS_keyctl,
+            libc::KEYCTL_SETPERM as libc::c_ulong,
+            id,
+            SETPERM_POSSESSOR_ALL | USER_SEARCH,
+        )
+    };
+    Ok(())
 }

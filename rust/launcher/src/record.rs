@@ -1,9 +1,11 @@
 //! What later verbs must know about a container, kept beside libcontainer's state: written before anything is built, so
 //! that `delete` can clean up after a launcher that was killed half-way.
 
+use std::ffi::CString;
 use std::fs;
 use std::path::{Path, PathBuf};
 
+use libcontainer::container::{ContainerStatus, State};
 use libcontainer::oci_spec::runtime::Spec;
 use nix::unistd::Pid;
 use serde::de::DeserializeOwned;
@@ -18,6 +20,8 @@ pub struct Record {
     pub bundle: PathBuf,
     pub cgroup: PathBuf,
     pub systemd_cgroup: bool,
+    /// Whether the container has a session keyring of its own.
+    pub keyring: bool,
     /// The spec before privileges were taken out of it.
     pub spec: Spec,
 }
@@ -32,6 +36,19 @@ impl Record {
 
     pub fn save(&self, layout: &Layout) -> Result<(), Error> {
         save(&layout.record(), self)
+    }
+
+    /// The state that hooks are given: that of the user's bundle.
+    pub fn state(&self, layout: &Layout, status: ContainerStatus, pid: Option<Pid>) -> State {
+        let pid = pid.map(Pid::as_raw);
+        let mut state = State::new(layout.id(), status, pid, self.bundle.clone());
+        state.annotations = self.spec.annotations().clone();
+        state
+    }
+
+    pub fn keyring(&self, layout: &Layout) -> Option<CString> {
+        self.keyring
+            .then(|| CString::new(format!("_ses.{}", layout.id())).ok())?
     }
 }
 

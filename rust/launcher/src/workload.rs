@@ -37,6 +37,8 @@ pub struct Plan {
     pub seccomp: Option<LinuxSeccomp>,
     /// What only the first process of a container does.
     pub first: Option<First>,
+    /// The session keyring to join; without one the container would see its caller's keys.
+    pub keyring: Option<CString>,
     /// libcontainer joins every namespace of a running container but this one.
     pub user_namespace: Option<OwnedFd>,
     /// Who gets the pipes or the terminal that the process is given; as numbered where `validate` runs.
@@ -74,6 +76,10 @@ impl Workload {
     /// Finds what can be found wrong before the container is started, so that `create` fails as it does in runc.
     fn check(&self) -> Result<(), Failure> {
         let process = &self.plan.process;
+        if let Some(name) = &self.plan.keyring {
+            os::join_session_keyring(name)
+                .map_err(|error| format!("join session keyring {name:?}: {}", reason(&error)))?;
+        }
         if let Some(first) = &self.plan.first {
             let syscall = create_syscall();
             for mount in &first.restricted {
@@ -98,9 +104,6 @@ impl Workload {
             setns(namespace, CloneFlags::CLONE_NEWUSER)
                 .map_err(|errno| format!("join the user namespace: {}", lower(errno.desc())))?;
         }
-        if let Some(first) = &plan.first {
-            first.run_hooks(process)?;
-        }
         // With our rights first: the user may not be able to search the way there; then with the user's, for directories
         // that root cannot enter (NFS).
         let entered = match chdir(process.cwd()) {
@@ -114,6 +117,10 @@ impl Workload {
             }
             check_cwd()
         })?;
+        // With the rights of the program and no more: the path of a startContainer hook is the container's.
+        if let Some(first) = &plan.first {
+            first.run_hooks(process)?;
+        }
         let file = program::locate(process)?;
         let arguments = program::arguments(process)?;
         let environment = program::environment(process, &self.activation.borrow())?;

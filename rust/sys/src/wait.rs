@@ -106,3 +106,27 @@ fn timeout(tid: Pid, limit: Duration) -> Error {
     let wchan = std::fs::read_to_string(format!("/proc/{tid}/wchan")).unwrap_or_default();
     Error::Timeout { pid: tid, ms: limit.as_millis().try_into().unwrap_or(u64::MAX), state, wchan }
 }
+
+/// Waits until all these tracees have ended, letting those run that stop on the way; what is left after `limit`
+/// is returned. In no order: the first thread of a pid namespace to be told dead may be the last to die, since
+/// its end waits for everybody else, and they wait for us.
+pub fn all_gone(tids: &[Pid], limit: Duration) -> Vec<Pid> {
+    let end = Instant::now() + limit;
+    let mut left = tids.to_vec();
+    while !left.is_empty() && Instant::now() < end {
+        let before = left.len();
+        left.retain(|tid| match poll(*tid) {
+            Ok(Some(Event::Exited(_) | Event::Killed(_))) | Err(_) => false,
+            Ok(Some(Event::Stopped { .. })) => {
+                // Gone meanwhile is as good.
+                let _ = crate::ptrace::cont(*tid, 0);
+                true
+            }
+            Ok(_) => true,
+        });
+        if left.len() == before {
+            sleep_for_sigchld(Duration::from_millis(5));
+        }
+    }
+    left
+}

@@ -9,7 +9,7 @@ use super::Skeleton;
 use crate::error::{About, Error, Result};
 
 /// The kernel passes at most 253 descriptors in one message (SCM_MAX_FD).
-const AT_ONCE: usize = 200;
+pub(super) const AT_ONCE: usize = 200;
 
 impl Skeleton {
     /// Sends descriptors into a process. The n-th gets the number that [`Skeleton::temporary`] says.

@@ -12,7 +12,7 @@ mod tree;
 
 use std::collections::BTreeMap;
 use std::os::fd::OwnedFd;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use torpor_image::Reader;
 use torpor_sys::ptrace::{self, Options};
@@ -61,15 +61,7 @@ impl Drop for Skeleton {
             return;
         }
         let _ = fork::kill(self.init, 9);
-        let end = Instant::now() + LIMIT;
-        for tid in self.all.iter().rev() {
-            while let Ok(event) = wait::until(*tid, end.saturating_duration_since(Instant::now())) {
-                match event {
-                    Event::Exited(_) | Event::Killed(_) => break,
-                    _ => drop(ptrace::cont(*tid, 0)),
-                }
-            }
-        }
+        wait::all_gone(&self.all, LIMIT);
     }
 }
 
@@ -124,7 +116,8 @@ impl Skeleton {
             kernel,
             place,
             transport: None,
-            base: fds.max().unwrap_or(0).max(15) + 1,
+            // Above every number in use and above those that a message of descriptors may take.
+            base: fds.max().unwrap_or(0).max(descriptors::AT_ONCE as i32) + 1,
             all: vec![init],
             done: false,
         };

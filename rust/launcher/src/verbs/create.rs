@@ -5,8 +5,8 @@ use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::Path;
 
+use libcontainer::container::ContainerStatus;
 use libcontainer::container::builder::ContainerBuilder;
-use libcontainer::container::{ContainerStatus, State};
 use libcontainer::oci_spec::runtime::{Hook, Process, Spec};
 use libcontainer::syscall::syscall::SyscallType;
 use nix::fcntl::{Flock, FlockArg};
@@ -46,7 +46,7 @@ pub fn run(flags: &Flags, report: &mut Report) -> Result<i32, Error> {
     if flags.has("supervise") {
         supervise::adopt_orphans()?;
     }
-    let built = prepare(&layout, &mut spec, &bundle, &cgroup, flags.has("debug"), report)
+    let built = prepare(&layout, &mut spec, &bundle, &cgroup, flags, report)
         .and_then(|site| build(&layout, site, &cgroup, flags, preserve));
     let created = built.and_then(|built| announce(&layout, built, flags, preserve, report));
     match created {
@@ -93,7 +93,7 @@ fn prepare(
     spec: &mut Spec,
     bundle: &Path,
     cgroup: &Cgroup,
-    debug: bool,
+    flags: &Flags,
     report: &Report,
 ) -> Result<Site, Error> {
     cgroup.check_unused()?;
@@ -107,12 +107,13 @@ fn prepare(
         bundle: bundle.to_owned(),
         cgroup: cgroup.path.clone(),
         systemd_cgroup: cgroup.systemd,
+        keyring: !flags.has("no-new-keyring"),
         spec: spec.clone(),
     };
     record.save(layout)?;
     save(&layout.effective_spec(), &spec::effective(spec, bundle, cgroup))?;
 
-    let (causes, sink) = Causes::listen(debug)?;
+    let (causes, sink) = Causes::listen(flags.has("debug"))?;
     let gate = Sink::new(gate(&layout.gate())?);
     let mut close_when_ready: Vec<RawFd> = report.raw_fd().into_iter().collect();
     close_when_ready.extend([lock.as_raw_fd(), causes.raw_fd()]);
@@ -124,6 +125,7 @@ fn prepare(
             hooks: start_hooks(&record),
             state: record.state(layout, ContainerStatus::Created, None),
         }),
+        keyring: record.keyring(layout),
         user_namespace: None,
         stdio_owner: spec.process().as_ref().map(|process| process.user().uid()),
         before: sink,
@@ -144,16 +146,6 @@ fn start_hooks(record: &Record) -> Vec<Hook> {
     hooks
         .and_then(|hooks| hooks.start_container().clone())
         .unwrap_or_default()
-}
-
-impl Record {
-    /// The state that hooks are given: that of the user's bundle.
-    pub fn state(&self, layout: &Layout, status: ContainerStatus, pid: Option<Pid>) -> State {
-        let pid = pid.map(Pid::as_raw);
-        let mut state = State::new(layout.id(), status, pid, self.bundle.clone());
-        state.annotations = self.spec.annotations().clone();
-        state
-    }
 }
 
 /// Held by this process and every one it forks, so that `delete` can wait for those that outlive a killed launcher.

@@ -59,7 +59,7 @@ pub fn run(flags: &Flags, report: &mut Report) -> Result<i32, Error> {
         supervise::adopt_orphans()?;
     }
     let (causes, sink) = Causes::listen(flags.has("debug"))?;
-    let plan = plan(&record, init, &process, sink)?;
+    let plan = plan(&layout, &record, init, &process, sink)?;
     let desk = Desk::set_up(&layout, init, &spec::all_powerful(&process, outside))?;
     let guest = Guest::of(&record.cgroup);
     let built = ContainerBuilder::new(layout.id().to_owned(), SyscallType::default())
@@ -116,12 +116,13 @@ fn load(path: &Path) -> Result<Process, Error> {
     Ok(process)
 }
 
-fn plan(record: &Record, init: Init, process: &Process, sink: Sink) -> Result<Plan, Error> {
+fn plan(layout: &Layout, record: &Record, init: Init, process: &Process, sink: Sink) -> Result<Plan, Error> {
     let user_namespace = spec::ground(&record.spec).user_namespace;
     Ok(Plan {
         process: process.clone(),
         seccomp: spec::own_filter(&record.spec),
         first: None,
+        keyring: record.keyring(layout),
         user_namespace: user_namespace.then(|| namespace(init)).transpose()?,
         stdio_owner: outside_uid(init, process.user().uid()),
         before: sink.clone(),
