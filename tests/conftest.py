@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,18 @@ hypothesis.settings.load_profile(os.environ.get("TORPOR_HYPOTHESIS", "fast"))
 
 def pytest_configure(config: pytest.Config) -> None:
     procs.become_subreaper()
+    global reaper
+    reaper = procs.Reaper()
+
+
+reaper: procs.Reaper
+
+
+@pytest.fixture
+def no_reaper() -> Iterator[None]:
+    """For tests that have children of their own, through the Python API or to look at zombies."""
+    with reaper.paused():
+        yield
 
 
 _probe: dict[str, Any] | None = None

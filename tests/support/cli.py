@@ -83,8 +83,9 @@ class Torpor:
     def popen(self, *args: str | Path, top: Sequence[str] | None = None, env: Mapping[str, str] | None = None, **more: Any) -> subprocess.Popen[bytes]:  # fmt: skip
         full_env = {**os.environ, **(env or {})}
         self.directory.mkdir(parents=True, exist_ok=True)
-        process = subprocess.Popen(self.argv(*args, top=top), env=full_env, **more)
-        procs.claimed.add(process.pid)
+        with procs.claiming:
+            process = subprocess.Popen(self.argv(*args, top=top), env=full_env, **more)
+            procs.claimed.add(process.pid)
         return process
 
     def fails(self, *args: str | Path, code: int | None = ENGINE_ERROR, says: str | Sequence[str] = (), **more: Any) -> Result:  # fmt: skip
@@ -123,13 +124,17 @@ class Torpor:
         return found
 
     def clean_up(self) -> None:
-        """Delete every container that the test left, by the command itself."""
+        """Delete every container that the test left, by the command itself, which must work whatever the test did."""
         if not self.root.exists():
             return
-        for name in sorted(os.listdir(self.root)):
-            if (self.root / name).is_dir():
-                self("delete", "--force", name, check=False, timeout=30)
+        results = [
+            self("delete", "--force", name, check=False, timeout=30)
+            for name in sorted(os.listdir(self.root))
+            if (self.root / name).is_dir()
+        ]
         procs.reap()
+        failed = [str(r) for r in results if r.code != 0]
+        assert not failed, "\n".join(failed)
 
 
 class Container:

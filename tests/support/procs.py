@@ -4,6 +4,7 @@ import contextlib
 import ctypes
 import os
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -82,17 +83,56 @@ def alive(pid: int) -> bool:
     return p is not None and p.state not in "ZX"
 
 
-# Children that somebody else is going to wait for (a Popen object of ours).
+# Children that somebody else is going to wait for (a Popen object of ours), and the lock that makes starting one and noting it one step.
 claimed: set[int] = set()
+claiming = threading.RLock()
 
 
 def reap() -> None:
     """Collect orphans that became ours, but no child that a Popen object waits for."""
-    me = os.getpid()
-    for p in everyone():
-        if p.ppid == me and p.state == "Z" and p.pid not in claimed:
-            with contextlib.suppress(ChildProcessError):
-                os.waitpid(p.pid, os.WNOHANG)
+    with claiming:
+        while True:
+            try:
+                first = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+            except ChildProcessError:
+                return
+            if first is None:
+                return
+            if first.si_pid in claimed:
+                # it hides those behind it
+                break
+            os.waitpid(first.si_pid, os.WNOHANG)
+        me = os.getpid()
+        for p in everyone():
+            if p.ppid == me and p.state == "Z" and p.pid not in claimed:
+                with contextlib.suppress(ChildProcessError):
+                    os.waitpid(p.pid, os.WNOHANG)
+
+
+class Reaper:
+    """Collects orphans all the time, as every subreaper must: init of a pid namespace cannot end while a zombie of it is not reaped."""
+
+    def __init__(self) -> None:
+        self._paused = 0
+        threading.Thread(target=self._run, daemon=True, name="reaper").start()
+
+    def _run(self) -> None:
+        while True:
+            time.sleep(0.02)
+            with claiming:
+                if not self._paused:
+                    reap()
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """For tests that wait for children themselves."""
+        with claiming:
+            self._paused += 1
+        try:
+            yield
+        finally:
+            with claiming:
+                self._paused -= 1
 
 
 def kill_exactly(p: Process) -> None:

@@ -1,0 +1,411 @@
+"""What checkpoint and restore promise beside carrying state: files, states, stdio, flags, pauses, terminals, refusals."""
+
+import json
+import os
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from support import bundles, procs
+from support.cli import Container, Torpor, new_id
+from support.workloads import Stage
+
+from .conftest import COUNTER, WAITER
+
+pytestmark = [pytest.mark.requires("root")]
+
+
+def test_image_path_is_made_with_its_parents(torpor: Torpor, waiter: Callable[..., Container], tmp: Path) -> None:
+    c = waiter()
+    image = tmp / "a" / "b" / "c"
+    c.checkpoint(image)
+    assert [p.name for p in image.iterdir()] == ["checkpoint.img"]
+    assert c.status == "stopped"
+    torpor("delete", c.id)
+
+
+def test_image_path_may_be_there_already_and_is_relative_to_where_one_is(torpor: Torpor, waiter: Callable[..., Container], tmp: Path) -> None:
+    c = waiter()
+    (tmp / "here").mkdir()
+    torpor("checkpoint", "--image-path=here", "--leave-running", c.id, cwd=tmp)
+    assert (tmp / "here" / "checkpoint.img").exists()
+    c.verify()
+
+
+def test_a_stopped_container_keeps_its_id_until_it_is_deleted(torpor: Torpor, waiter: Callable[..., Container], tmp: Path) -> None:
+    c = waiter()
+    c.checkpoint(tmp / "image")
+    torpor.fails("run", "--detach", "--bundle", c.bundle, c.id, says="already exists")
+    torpor("delete", c.id)
+    c.restore_from(tmp / "image")  # under the very same id
+    c.verify()
+
+
+def test_attached_restore_has_the_programs_output_and_exit_code(torpor: Torpor, busybox: Callable[..., Path], tmp: Path) -> None:
+    bundle = busybox(["sh", "-c", "echo before; while [ ! -e /go ]; do sleep 0.05; done; echo after; echo late >&2; exit 33"])
+    c = Container(torpor, bundle, new_id()).run()
+    assert c.next_line() == "before"
+    c.checkpoint(tmp / "image")
+    c.delete()
+    (bundle / "rootfs" / "go").touch()
+    result = torpor("restore", "--image-path", tmp / "image", "--bundle", bundle, new_id(), check=False)
+    assert (result.code, result.out, result.err) == (33, "after\n", "late\n")
+    assert torpor.ids() == []
+
+
+def test_attached_restore_of_a_program_that_is_killed(torpor: Torpor, busybox: Callable[..., Path], tmp: Path) -> None:
+    c = Container(torpor, busybox(["sh", "-c", WAITER]), new_id()).run().wait_ready()
+    c.checkpoint(tmp / "image")
+    c.delete()
+    name = new_id()
+    with open(tmp / "out", "wb") as out:
+        command = torpor.popen("restore", "--image-path", tmp / "image", "--bundle", c.bundle, name, stdin=subprocess.DEVNULL, stdout=out)
+    torpor_running(torpor, name)
+    torpor("kill", name, "USR1")
+    procs.wait_until("the answer", lambda: (tmp / "out").read_bytes() == b"OK 1\n")
+    torpor("kill", name, "KILL")
+    assert command.wait(20) == 137
+    procs.claimed.discard(command.pid)
+
+
+def torpor_running(torpor: Torpor, name: str) -> None:
+    def running() -> bool:
+        result = torpor("state", name, check=False)
+        return result.code == 0 and json.loads(result.out)["status"] == "running"
+
+    procs.wait_until(f"{name} to run", running)
+
+
+def test_attached_run_sees_its_container_end_by_checkpoint(torpor: Torpor, busybox: Callable[..., Path], tmp: Path) -> None:
+    name = new_id()
+    with open(tmp / "out", "wb") as out:
+        command = torpor.popen("run", "--bundle", busybox(["sh", "-c", WAITER]), name, stdin=subprocess.DEVNULL, stdout=out)
+    procs.wait_until("READY", lambda: b"READY" in (tmp / "out").read_bytes())
+    torpor("checkpoint", "--image-path", tmp / "image", name)
+    assert command.wait(20) in (0, 137)
+    procs.claimed.discard(command.pid)
+    assert (tmp / "image" / "checkpoint.img").exists()
+
+
+def test_pipes_of_the_caller_are_connected_to_those_of_the_restore(torpor: Torpor, busybox: Callable[..., Path], tmp: Path) -> None:
+    """A filter that reads its standard input: the restore command's input is what it reads on."""
+    bundle = busybox(["sh", "-c", 'echo READY; while read -r line; do echo "got $line"; done; echo end'])
+    c = Container(torpor, bundle, new_id())
+    r, w = os.pipe()
+    with open(c.output, "ab") as out:
+        started = torpor.popen("run", "--detach", "--bundle", bundle, c.id, stdin=r, stdout=out, stderr=subprocess.DEVNULL)
+        assert started.wait(60) == 0
+    procs.claimed.discard(started.pid)
+    os.close(r)
+    c.stderr = c.output
+    c.wait_ready()
+    os.write(w, b"one\n")
+    assert c.next_line() == "got one"
+    c.checkpoint(tmp / "image")
+    os.close(w)
+    c.delete()
+    result = torpor("restore", "--image-path", tmp / "image", "--bundle", bundle, new_id(), input="two\nthree\n")
+    assert result.out == "got two\ngot three\nend\n"
+
+
+def test_stdio_on_null_files_and_pipes(torpor: Torpor, busybox: Callable[..., Path], tmp: Path) -> None:
+    bundle = busybox(["sh", "-c", WAITER])
+    name = new_id()
+    (tmp / "image").mkdir()
+    r, w = os.pipe()
+    started = torpor.popen("run", "--detach", "--bundle", bundle, name, stdin=subprocess.DEVNULL, stdout=w, stderr=w)
+    assert started.wait(60) == 0
+    procs.claimed.discard(started.pid)
+    os.close(w)
+    assert os.read(r, 100) == b"READY\n"
+    torpor("checkpoint", "--image-path", tmp / "image", "--leave-running", name)
+    torpor("kill", name, "USR1")
+    assert os.read(r, 100) == b"OK 1\n"
+    os.close(r)
+    with open(tmp / "file", "wb") as f:
+        restored = torpor.popen("restore", "--detach", "--image-path", tmp / "image", "--bundle", bundle, new_id(), stdin=subprocess.DEVNULL, stdout=f, stderr=f)  # fmt: skip
+        assert restored.wait(60) == 0
+    procs.claimed.discard(restored.pid)
+    [other] = [i for i in torpor.ids() if i != name]
+    torpor("kill", other, "USR1")
+    procs.wait_until("the answer", lambda: (tmp / "file").read_bytes() == b"OK 1\n")
+
+
+def test_many_restores_at_the_same_time(torpor: Torpor, waiter: Callable[..., Container], tmp: Path) -> None:
+    """One image, six containers, the original still running."""
+    c = waiter()
+    c.verify()
+    c.checkpoint(tmp / "image", "--leave-running")
+    others = [Container(torpor, c.bundle, new_id("twin")) for _ in range(6)]
+    commands = []
+    for o in others:
+        with open(o.output, "ab") as out:
+            o.stderr = o.output
+            commands.append(torpor.popen("restore", "--detach", "--image-path", tmp / "image", "--bundle", c.bundle, o.id, stdin=subprocess.DEVNULL, stdout=out, stderr=out))  # fmt: skip
+    assert [p.wait(90) for p in commands] == [0] * 6, [o.text() for o in others]
+    for p in commands:
+        procs.claimed.discard(p.pid)
+    for o in [*others, c]:
+        assert o.verify() == "OK 2"
+
+
+def test_create_then_restore_keeps_the_created_pid(torpor: Torpor, waiter: Callable[..., Container], tmp: Path) -> None:
+    c = waiter()
+    c.checkpoint(tmp / "image")
+    again = Container(torpor, c.bundle, new_id()).create()
+    pid = again.pid
+    torpor("restore", "--detach", "--image-path", tmp / "image", again.id)
+    assert again.pid == pid and again.status == "running"
+    again.verify()
+    torpor.fails("start", again.id, says="running")
+    torpor.fails("restore", "--detach", "--image-path", tmp / "image", again.id, says="running")
+    again.verify()
+
+
+def test_restored_pid_file_and_exit_status_belong_to_the_caller(torpor: Torpor, busybox: Callable[..., Path], tmp: Path, no_reaper: None) -> None:
+    bundle = busybox(["sh", "-c", "trap 'exit 7' TERM; echo READY; while :; do sleep 0.05; done"])
+    c = Container(torpor, bundle, new_id()).run().wait_ready()
+    c.checkpoint(tmp / "image")
+    procs.reap()
+    c.delete()
+    name = new_id()
+    torpor("restore", "--detach", "--image-path", tmp / "image", "--bundle", bundle, "--pid-file", tmp / "pid", name)
+    pid = int((tmp / "pid").read_text())
+    assert torpor.state(name)["pid"] == pid
+    found = procs.process(pid)
+    assert found is not None and found.ppid == os.getpid()
+    torpor("kill", name, "TERM")
+    _, status = os.waitpid(pid, 0)
+    assert os.waitstatus_to_exitcode(status) == 7
+
+
+def test_exec_kill_ps_pause_work_in_a_restored_container(torpor: Torpor, waiter: Callable[..., Container], tmp: Path) -> None:
+    c = waiter()
+    c.checkpoint(tmp / "image")
+    c.delete()
+    again = Container(torpor, c.bundle, new_id())
+    again.restore_from(tmp / "image")
+    assert torpor("exec", again.id, "cat", "/proc/1/comm").out == "sh\n"
+    assert again.pid in json.loads(torpor("ps", "--format", "json", again.id).out)
+    torpor("pause", again.id)
+    assert again.status == "paused"
+    torpor("resume", again.id)
+    again.verify()
+    torpor("kill", again.id, "TERM")
+    torpor.wait_status(again.id, "stopped")
+    torpor("delete", again.id)
+
+
+def test_a_container_with_an_exec_in_it(torpor: Torpor, waiter: Callable[..., Container], tmp: Path) -> None:
+    """The second process has a parent outside, and stdio of its own on /dev/null."""
+    c = waiter()
+    torpor("exec", "--detach", c.id, "sleep", "100000")
+    before = len(c.host_pids())
+    c.checkpoint(tmp / "image", "--leave-running")
+    assert len(c.host_pids()) == before
+    c.verify()
+    again = Container(torpor, c.bundle, new_id())
+    again.restore_from(tmp / "image")
+    again.verify()
+    assert len(again.host_pids()) == before
+
+
+# ---- paused ---------------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_paused_container_can_be_checkpointed(torpor: Torpor, busybox: Callable[..., Path], tmp: Path) -> None:
+    c = Container(torpor, busybox(["sh", "-c", COUNTER]), new_id()).run().wait_ready()
+    torpor("pause", c.id)
+    c.checkpoint(tmp / "image")
+    assert c.status == "stopped"
+    c.delete()
+    again = Container(torpor, c.bundle, new_id())
+    again.restore_from(tmp / "image")
+    assert again.status == "running"
+    again.verify()
+
+
+def test_with_leave_running_a_paused_container_stays_paused(torpor: Torpor, busybox: Callable[..., Path], tmp: Path) -> None:
+    c = Container(torpor, busybox(["sh", "-c", COUNTER]), new_id()).run().wait_ready()
+    torpor("pause", c.id)
+    for i in range(3):
+        c.checkpoint(tmp / f"image{i}", "--leave-running")
+        assert c.status == "paused"
+    torpor("kill", c.id, "USR1")
+    time.sleep(0.3)
+    assert c.text() == "READY\n", "it ran while it was paused"
+    torpor("resume", c.id)
+    assert c.next_line().startswith("OK ")
+
+
+# ---- flags that are remembered --------------------------------------------------------------------------------------------------------
+
+
+def test_top_level_flags_of_run_are_remembered(torpor: Torpor, busybox: Callable[..., Path], tmp: Path) -> None:
+    """--network is the flag that changes what is built: given at run, it need not be repeated, and another one is refused."""
+    bundle, name = busybox(["sh", "-c", WAITER]), new_id()
+    torpor("run", "--detach", "--bundle", bundle, name, top=["--network", "none"])
+    torpor("checkpoint", "--image-path", tmp / "one", "--leave-running", name)
+    torpor("checkpoint", "--image-path", tmp / "two", "--leave-running", name, top=["--network", "none"])
+    error = torpor.fails("checkpoint", "--image-path", tmp / "three", "--leave-running", name, top=["--network", "host"], says="--network")
+    assert "none" in error.err
+    assert not (tmp / "three").exists()
+    assert torpor.state(name)["status"] == "running"
+
+
+# ---- terminals ------------------------------------------------------------------------------------------------------------------------
+# in test_terminal.py
+
+
+# ---- what is refused ------------------------------------------------------------------------------------------------------------------
+
+
+def refused(c: Container, image: Path, *words: str) -> str:
+    """The checkpoint is refused by name, nothing is written, and the container does not notice."""
+    result = c.checkpoint(image, check=False)
+    assert result.code == 128 and result.err.count("\n") == 1, str(result)
+    for word in words:
+        assert word in result.err, str(result)
+    assert not image.exists() or list(image.iterdir()) == []
+    assert c.status == "running"
+    return result.err
+
+
+UNSUPPORTED = {
+    "a connected TCP socket": (
+        "import socket; l = socket.create_server(('127.0.0.1', 0)); a = socket.create_connection(l.getsockname()); b, _ = l.accept()",
+        "TCP",
+    ),
+    "inotify": ("import ctypes; f = ctypes.CDLL(None).inotify_init1(0); assert f >= 0", "inotify"),
+    "a timerfd": ("import ctypes; f = ctypes.CDLL(None).timerfd_create(1, 0); assert f >= 0", "timerfd"),
+    "a signalfd": ("import ctypes; m = (ctypes.c_ulong * 16)(); f = ctypes.CDLL(None).signalfd(-1, m, 0); assert f >= 0", "signalfd"),
+    "a netlink socket": ("import socket; s = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, 0)", "netlink"),
+    "System V shared memory": ("import ctypes; c = ctypes.CDLL(None); i = c.shmget(77, 4096, 0o1600); c.shmat.restype = ctypes.c_void_p; assert c.shmat(i, None, 0) != 2**64 - 1", "System V"),  # fmt: skip
+}
+
+
+@pytest.mark.parametrize("what", UNSUPPORTED)
+def test_what_is_not_carried_is_refused_by_name_or_carried_whole(what: str, torpor: Torpor, host_root: Callable[..., bundles.HostRoot], tmp: Path) -> None:
+    """Never silent: either the refusal names process and object, or it works."""
+    code, word = UNSUPPORTED[what]
+    root = host_root()
+    program = f"""
+import signal, fcntl, socket, struct, sys
+signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR1])
+s = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+fcntl.ioctl(s, 0x8914, struct.pack("16sh14x", b"lo", 1)); s.close()
+{code}
+print("READY", flush=True)
+while True:
+    signal.sigwait([signal.SIGUSR1]); print("OK", flush=True)
+"""
+    config = bundles.spec(["/usr/bin/python3.11", "-c", program], rootfs=root.path, caps=[*bundles.DOCKER_CAPS, "CAP_NET_ADMIN"])
+    c = Container(torpor, bundles.write(tmp / "bundle", config), new_id()).run().wait_ready()
+    result = c.checkpoint(tmp / "image", "--leave-running", check=False)
+    if result.code == 0:
+        again = Container(torpor, c.bundle, new_id())
+        again.restore_from(tmp / "image")
+        again.verify()
+    else:
+        assert result.code == 128 and result.err.count("\n") == 1, str(result)
+        assert word.lower() in result.err.lower(), str(result)
+        assert not (tmp / "image").exists() or list((tmp / "image").iterdir()) == []
+        assert c.status == "running"
+    c.verify()
+
+
+def test_a_file_of_the_host_that_is_open_inside_is_refused_by_name(torpor: Torpor, busybox: Callable[..., Path], tmp: Path) -> None:
+    """Descriptor 3 leads to a file that the container cannot name: what --preserve-fds gives away."""
+    (tmp / "outside").write_text("secret")
+    bundle, name = busybox(["sh", "-c", WAITER]), new_id()
+    out = tmp / "out"
+    fd = os.open(tmp / "outside", os.O_RDONLY)
+    moved = 3
+    with open(out, "wb") as f:
+        started = subprocess.Popen(
+            torpor.argv("run", "--detach", "--preserve-fds", "1", "--bundle", bundle, name),
+            stdin=subprocess.DEVNULL, stdout=f, pass_fds=[moved] if fd == moved else [], preexec_fn=None if fd == moved else (lambda: (os.dup2(fd, moved), None)[1]),  # noqa: PLW1509
+            close_fds=fd == moved,
+        )  # fmt: skip
+        assert started.wait(60) == 0
+    os.close(fd)
+    procs.wait_until("READY", lambda: out.read_bytes() == b"READY\n")
+    result = torpor("checkpoint", "--image-path", tmp / "image", name, check=False)
+    assert result.code == 128 and result.err.count("\n") == 1 and "outside" in result.err, str(result)
+    assert torpor.state(name)["status"] == "running"
+    torpor("kill", name, "USR1")
+    procs.wait_until("the answer", lambda: out.read_bytes() == b"READY\nOK 1\n")
+
+
+# ---- power ----------------------------------------------------------------------------------------------------------------------------
+
+
+def test_an_image_never_gives_more_power_than_the_spec(torpor: Torpor, busybox: Callable[..., Path], tmp: Path) -> None:
+    """A process that had capabilities is restored into a container that grants fewer: it is refused, or comes back without them."""
+    c = Container(torpor, busybox(["sh", "-c", WAITER], caps=[*bundles.DOCKER_CAPS, "CAP_SYS_ADMIN"]), new_id()).run().wait_ready()
+    c.checkpoint(tmp / "image")
+    c.delete()
+    smaller = json.loads((c.bundle / "config.json").read_text())
+    for kind in ("bounding", "effective", "permitted"):
+        smaller["process"]["capabilities"][kind] = ["CAP_KILL"]
+    other = tmp / "smaller"
+    other.mkdir()
+    (other / "rootfs").symlink_to(c.bundle / "rootfs")
+    smaller["root"]["path"] = str(c.bundle / "rootfs")
+    bundles.write(other, smaller)
+    again = Container(torpor, other, new_id())
+    result = again.restore_from(tmp / "image", check=False)
+    if result.code != 0:
+        assert result.err.count("\n") == 1 and "capabilit" in result.err.lower(), str(result)
+        torpor.fails("state", again.id, says="does not exist")
+        return
+    status = Path(f"/proc/{again.pid}/status").read_text()
+    for line in status.splitlines():
+        if line.startswith(("CapPrm", "CapEff", "CapBnd", "CapInh", "CapAmb")):
+            assert int(line.split()[1], 16) & ~(1 << 5) == 0, line
+
+
+def test_a_seccomp_filter_of_the_spec_is_on_the_restored_process(torpor: Torpor, busybox: Callable[..., Path], tmp: Path) -> None:
+    """The spec's own filter may not get lost: mkdir is forbidden before and after."""
+    filter_ = {"defaultAction": "SCMP_ACT_ALLOW", "architectures": ["SCMP_ARCH_X86_64"], "syscalls": [{"names": ["mkdir", "mkdirat"], "action": "SCMP_ACT_ERRNO", "errnoRet": 13}]}  # fmt: skip
+    program = 'trap \'if mkdir /tmp/x 2>/dev/null; then echo "FAIL mkdir works"; else echo "OK"; fi\' USR1; echo READY; sleep 100000 & while :; do wait $!; done'
+    c = Container(torpor, busybox(["sh", "-c", program], seccomp=filter_, no_new_privileges=True), new_id()).run().wait_ready()
+    c.verify()
+    c.checkpoint(tmp / "image")
+    c.delete()
+    again = Container(torpor, c.bundle, new_id())
+    again.restore_from(tmp / "image")
+    again.verify()
+    assert "Seccomp:\t2" in Path(f"/proc/{again.pid}/status").read_text()
+    assert "NoNewPrivs:\t1" in Path(f"/proc/{again.pid}/status").read_text()
+
+
+# ---- inspect --------------------------------------------------------------------------------------------------------------------------
+
+
+def test_inspect_shows_what_is_in_an_image(stage: Callable[[str], Stage], torpor: Torpor, tmp: Path) -> None:
+    c = stage("pipeline").start()
+    c.checkpoint(tmp / "image", "--leave-running")
+    text = torpor("inspect", tmp / "image").out
+    assert "seq" in text and "awk" in text
+    data = json.loads(torpor("inspect", "--json", tmp / "image").out)
+    assert isinstance(data, dict) and data
+    assert json.loads(torpor("inspect", "--json", tmp / "image" / "checkpoint.img").out) == data
+    torpor.fails("inspect", tmp / "nothing", says="nothing")
+
+
+def test_the_image_is_not_held_in_memory(stage: Callable[[str], Stage], torpor: Torpor, tmp: Path) -> None:
+    """The command that writes and reads a 256 MiB image stays small."""
+    play = stage("cpython")
+    c = play.start()
+    script = "import resource, subprocess, sys; subprocess.run(sys.argv[1:], check=True, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL); print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)"
+
+    def peak(*args: str | Path) -> int:
+        done = subprocess.run(["/usr/bin/python3.11", "-c", script, *torpor.argv(*args)], capture_output=True, text=True, check=True)
+        return int(done.stdout) // 1024
+
+    assert peak("checkpoint", "--image-path", tmp / "image", c.id) < 100
+    assert (tmp / "image" / "checkpoint.img").stat().st_size > 200 << 20
+    c.delete()
