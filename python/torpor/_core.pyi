@@ -1,6 +1,4 @@
-"""The engine (rust/py). JSON strings in and out; every failure is a torpor.errors.TorporError. See docs/internals.md
-§3.
-"""
+"""The engine (rust/py): JSON strings in and out; every failure is a TorporError. See docs/internals.md §3."""
 
 from collections.abc import Callable
 

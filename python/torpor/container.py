@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import _thread
 import json
 import os
 
@@ -27,7 +26,7 @@ class Container:
     deleted, by force, when the block ends.
     """
 
-    def __init__(self, home: Home, state: State, *, supervisor: int | None = None) -> None:
+    def __init__(self, home: Home, state: State, *, supervisor: exits.Child | None = None) -> None:
         self.home = home
         self.id = home.id
         self._state = state
@@ -36,7 +35,6 @@ class Container:
         self._supervisor = supervisor
         self._exit: exits.Exit | None = None
         self._exit_status = state.exit_status
-        self._waiting = _thread.allocate_lock()
 
     def __repr__(self) -> str:
         return f"<torpor.Container {self.id!r} {self._state.status}>"
@@ -336,12 +334,9 @@ class Container:
         if self._exit_status is not None:
             return self._exit_status
         if self._supervisor is not None:
-            if not exits.wait_for_child(self._supervisor, timeout):
+            if not self._supervisor.wait(timeout):
                 raise TimeoutError(f"container {self.id!r} still runs after {timeout} seconds")
-            with self._waiting:
-                if self._supervisor is not None:
-                    self._exit_status = launcher.reap(self._supervisor)
-                    self._supervisor = None
+            self._exit_status = self._supervisor.reap()
         elif (state := self.refresh()).exit_status is not None:
             self._exit_status = state.exit_status
         else:
@@ -380,10 +375,8 @@ class Container:
             ruins.clear(home, state)
             state.status = "stopped"
             self._state = state
-        with self._waiting:
-            if self._supervisor is not None:
-                self._exit_status = launcher.reap(self._supervisor)
-                self._supervisor = None
+        if self._supervisor is not None:
+            self._exit_status = self._supervisor.reap()
 
     def __enter__(self) -> Container:
         return self
@@ -395,39 +388,30 @@ class Container:
             if error.code != "not-found":
                 raise
 
-    def release_supervisor(self) -> None:
-        """Somebody else has reaped the supervisor."""
-        self._supervisor = None
-
     @property
-    def supervisor(self) -> int | None:
-        """The pid of the launcher that waits for the container on our behalf, None when there is none."""
+    def supervisor(self) -> exits.Child | None:
+        """The launcher that waits for the container on our behalf, None when there is none."""
         return self._supervisor
 
 
 class Process:
     """A program started in a container by `exec`."""
 
-    def __init__(self, pid: int, supervisor: int | None) -> None:
+    def __init__(self, pid: int, supervisor: exits.Child | None) -> None:
         self.pid = pid
         self.supervisor = supervisor
-        self.returncode: int | None = None
-        self._waiting = _thread.allocate_lock()
 
     def wait(self, timeout: float | None = None) -> int | None:
-        """Its exit code, 128 + N when signal N killed it.
+        """Its exit code, 128 + N when signal N killed it. None when nobody can know it.
 
         Raises:
             TimeoutError: it still runs after `timeout` seconds.
         """
-        if self.supervisor is not None:
-            if not exits.wait_for_child(self.supervisor, timeout):
-                raise TimeoutError(f"process {self.pid} still runs after {timeout} seconds")
-            with self._waiting:
-                if self.supervisor is not None:
-                    self.returncode = launcher.reap(self.supervisor)
-                    self.supervisor = None
-        return self.returncode
+        if self.supervisor is None:
+            return None
+        if not self.supervisor.wait(timeout):
+            raise TimeoutError(f"process {self.pid} still runs after {timeout} seconds")
+        return self.supervisor.reap()
 
 
 class Checkpoint:

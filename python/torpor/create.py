@@ -1,7 +1,7 @@
 """Bring a container into being: create, run, and restore from an image.
 
 Each is one transaction on the state directory. Until it is through, the status is `creating` or `restoring` with this
-process as owner; whatever way it ends early, everything is taken down again, by us, by the tracer, or by the next
+process as owner; whatever way it ends early, everything is taken down again: by us, by the tracer, or by the next
 torpor that finds our ruin.
 """
 
@@ -10,13 +10,14 @@ from __future__ import annotations
 import json
 import os
 
-from . import launcher, log, overlay, proc, ruins
+from . import exits, launcher, log, network, overlay, proc, ruins
 from .container import Container
 from .errors import TorporError, UsageError
 from .state import Home, State, check_id, may, replace_file
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from types import TracebackType
     from typing import Any
 
@@ -28,7 +29,16 @@ if TYPE_CHECKING:
 class Options:
     """How a container is started, apart from what it is."""
 
-    __slots__ = ("console_socket", "no_new_keyring", "no_pivot", "pid_file", "preserve_fds", "stdio", "supervise")
+    __slots__ = (
+        "committed",
+        "console_socket",
+        "no_new_keyring",
+        "no_pivot",
+        "pid_file",
+        "preserve_fds",
+        "stdio",
+        "supervise",
+    )
 
     def __init__(
         self,
@@ -40,6 +50,7 @@ class Options:
         no_new_keyring: bool = False,
         stdio: Stdio | None = None,
         supervise: bool = False,
+        committed: Callable[[int], None] | None = None,
     ) -> None:
         self.console_socket = console_socket
         self.pid_file = pid_file
@@ -48,6 +59,8 @@ class Options:
         self.no_new_keyring = no_new_keyring
         self.stdio = stdio
         self.supervise = supervise
+        # Called with the pid of init just before its program runs: from there on a signal to us is meant for it.
+        self.committed = committed
 
 
 def create(config: Config, container_id: str, plan: Plan, options: Options) -> Container:
@@ -66,6 +79,7 @@ def run(config: Config, container_id: str, plan: Plan, options: Options) -> Cont
         LauncherError or another TorporError: what the launcher reports.
     """
     with _Building(config, container_id, plan, options) as building:
+        building.commit()
         launcher.run("start", *building.home_flags())
         building.settle("running")
         return building.done()
@@ -80,12 +94,14 @@ def restore(config: Config, container_id: str, plan: Plan, options: Options, ima
     with _Building(config, container_id, plan, options) as building:
         building.state.move("restoring")
         building.home.write(building.state)
-        _fill(building.home, building.state, plan.spec, image)
+        _fill(building.home, building.state, plan.spec, image, building.commit)
         building.write_pid_file()
         return building.done()
 
 
-def restore_into(container: Container, image: str, pid_file: str = "") -> None:
+def restore_into(
+    container: Container, image: str, pid_file: str = "", committed: Callable[[int], None] | None = None
+) -> None:
     """Fill a created container from an image. A refusal leaves it as it was; a failure half way removes it.
 
     Raises:
@@ -101,7 +117,7 @@ def restore_into(container: Container, image: str, pid_file: str = "") -> None:
         state.move("restoring")
         home.write(state)
         try:
-            _fill(home, state, container.spec(), image)
+            _fill(home, state, container.spec(), image, lambda: committed(state.pid) if committed else None)
             if pid_file:
                 write_pid_file(pid_file, state.pid)
         except BaseException as e:
@@ -114,12 +130,13 @@ def restore_into(container: Container, image: str, pid_file: str = "") -> None:
             raise
 
 
-def _fill(home: Home, state: State, spec: dict[str, Any], image: str) -> None:
+def _fill(home: Home, state: State, spec: dict[str, Any], image: str, commit: Callable[[], None]) -> None:
     """Let the engine rebuild the image's processes in the container's waiting init."""
     from . import _core
 
     def on_loaded() -> None:
         # Everything is there and still stopped: from here on it is a running container, whatever becomes of us.
+        commit()
         state.move("running")
         home.write(state)
 
@@ -127,12 +144,7 @@ def _fill(home: Home, state: State, spec: dict[str, Any], image: str) -> None:
         "pid": state.pid,
         "image_path": os.path.abspath(image),
         "spec": spec,
-        "orphan": {
-            "argv0_path": launcher.path(),
-            "argv": ["torpor-launcher", "delete", *_home_flags(home)],
-            "unmount": overlay.mount_points(home) if state.overlay else [],
-            "remove": [home.path],
-        },
+        "orphan": ruins.orphan_command(home),
     }
     report = json.loads(_core.restore(json.dumps(request), on_loaded))
     log.debug(f"restored {image} into {state.id}: {report}")
@@ -155,7 +167,7 @@ class _Building:
         self.options = options
         self.home = Home(config.root, check_id(container_id))
         self.state = State(id=container_id, owner_process=_self())
-        self.supervisor: int | None = None
+        self.supervisor: exits.Child | None = None
         self.finished = False
 
     def __enter__(self) -> _Building:
@@ -189,6 +201,8 @@ class _Building:
         self.state.pid = int(report["pid"])
         self.state.start_time = proc.start_time(self.state.pid) or 0
         self.home.write(self.state)
+        if network.has_new_namespace(plan.spec):
+            network.bring_up_loopback(self.state.pid)
 
     def _create_flags(self) -> list[str]:
         options = self.options
@@ -221,6 +235,10 @@ class _Building:
         if self.options.pid_file:
             write_pid_file(self.options.pid_file, self.state.pid)
 
+    def commit(self) -> None:
+        if self.options.committed is not None:
+            self.options.committed(self.state.pid)
+
     def done(self) -> Container:
         self.finished = True
         return Container(self.home, self.state, supervisor=self.supervisor)
@@ -239,7 +257,7 @@ class _Building:
         finally:
             self.home.release()
         if self.supervisor is not None:
-            launcher.reap(self.supervisor)
+            self.supervisor.reap()
 
 
 def _home_flags(home: Home) -> list[str]:

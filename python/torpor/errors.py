@@ -1,7 +1,7 @@
 """What can go wrong, as one tree of exceptions.
 
-`.code` is a slug for programs and never changes its meaning; the text is for people and may change. The table of slugs
-is docs/internals.md §5.
+`.code` is a slug for programs and never changes its meaning; the text is for people and may change. The slugs are
+listed in docs/internals.md §5.
 """
 
 from __future__ import annotations

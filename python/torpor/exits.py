@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import _thread
 import fcntl
 import os
 import select
@@ -88,15 +89,34 @@ class Exit:
         return proc.from_wait_status(status)
 
 
-def wait_for_child(pid: int, timeout: float | None = None) -> bool:
-    """True when our own child `pid` has ended. It is not reaped."""
-    try:
-        fd = os.pidfd_open(pid)
-    except ProcessLookupError:
-        return True
-    try:
-        poller = select.poll()
-        poller.register(fd, select.POLLIN)
-        return bool(poller.poll(None if timeout is None else max(0, int(timeout * 1000))))
-    finally:
-        os.close(fd)
+class Child:
+    """A child of ours, waited for by its own pid only. Its exit status is known even when somebody else reaped it, as a
+    program does that waits for any child, or ignores SIGCHLD (from Linux 6.15 on)."""
+
+    __slots__ = ("_end", "_lock", "_status", "pid")
+
+    def __init__(self, pid: int) -> None:
+        self.pid = pid
+        self._end = Exit(pid, proc.start_time(pid) or 0)
+        self._lock = _thread.allocate_lock()
+        self._status: int | None = None
+
+    def fileno(self) -> int:
+        """Readable when the child has ended; -1 when it has ended already."""
+        return self._end.fileno()
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """True when it has ended, False when the time is over first."""
+        return self._end.wait(timeout)
+
+    def reap(self) -> int | None:
+        """Wait for it and forget it: its exit code, or 128 + signal. None when nobody can know it."""
+        self._end.wait()
+        with self._lock:
+            if self._status is None:
+                try:
+                    self._status = proc.from_wait_status(os.waitpid(self.pid, 0)[1])
+                except ChildProcessError:
+                    self._status = self._end.status()
+                self._end.close()
+            return self._status

@@ -1,6 +1,4 @@
-"""Stop and continue a container by its cgroup. The kernel side is the engine's; it is asked only when it is really
-needed.
-"""
+"""Stop and continue a container by its cgroup. The kernel side is the engine's, imported only when it is needed."""
 
 from __future__ import annotations
 

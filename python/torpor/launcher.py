@@ -14,7 +14,7 @@ import os
 
 from . import log
 from .errors import LauncherError, from_engine
-from .proc import from_wait_status
+from .exits import Child
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -41,15 +41,13 @@ def run(verb: str, *args: str, stdio: Stdio | None = None, preserve_fds: int = 0
         TorporError: what the launcher reported, as the subclass for its code.
         LauncherError: it is missing, or ended without a report.
     """
-    pid, report = _start(verb, args, stdio, preserve_fds)
-    status = reap(pid)
-    log.debug(f"launcher {verb} ended: {status}")
+    child, report = _start(verb, args, stdio, preserve_fds)
+    log.debug(f"launcher {verb} ended: {child.reap()}")
     return report
 
 
-def supervise(verb: str, *args: str, stdio: Stdio | None = None, preserve_fds: int = 0) -> tuple[int, dict[str, Any]]:
-    """Run a verb with --supervise: it stays as the container's parent. Returns its pid, to be waited for, and its
-    report.
+def supervise(verb: str, *args: str, stdio: Stdio | None = None, preserve_fds: int = 0) -> tuple[Child, dict[str, Any]]:
+    """Run a verb with --supervise: it stays as the container's parent. Returns it, to be waited for, and its report.
 
     Raises:
         as `run`.
@@ -63,7 +61,7 @@ def output(verb: str) -> str:
     try:
         null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
         try:
-            pid = _spawn([verb], (null, write_end, 2), None)
+            child = _spawn([verb], (null, write_end, 2), None)
         finally:
             os.close(null)
             os.close(write_end)
@@ -71,23 +69,12 @@ def output(verb: str) -> str:
             text = f.read()
     finally:
         os.close(read_end)
-    if reap(pid) not in (0, None):
+    if child.reap() not in (0, None):
         raise LauncherError(f"torpor-launcher {verb} failed")
     return text
 
 
-def reap(pid: int) -> int | None:
-    """Wait for one child of ours. None when somebody else took its status (a program that ignores SIGCHLD, or waits for
-    any child).
-    """
-    try:
-        _, status = os.waitpid(pid, 0)
-    except ChildProcessError:
-        return None
-    return from_wait_status(status)
-
-
-def _start(verb: str, args: Sequence[str], stdio: Stdio | None, preserve_fds: int) -> tuple[int, dict[str, Any]]:
+def _start(verb: str, args: Sequence[str], stdio: Stdio | None, preserve_fds: int) -> tuple[Child, dict[str, Any]]:
     read_end, write_end = os.pipe()
     # Above 0-2 and above what --preserve-fds hands on: the report must not land in the container.
     first = max(_FIRST_PRIVATE_FD, 3 + preserve_fds)
@@ -95,7 +82,7 @@ def _start(verb: str, args: Sequence[str], stdio: Stdio | None, preserve_fds: in
     os.close(write_end)
     try:
         try:
-            pid = _spawn([verb, *args, "--report-fd", str(report_fd)], stdio, report_fd)
+            child = _spawn([verb, *args, "--report-fd", str(report_fd)], stdio, report_fd)
         finally:
             os.close(report_fd)
         try:
@@ -105,7 +92,7 @@ def _start(verb: str, args: Sequence[str], stdio: Stdio | None, preserve_fds: in
             # again.
             os.close(read_end)
             read_end = -1
-            reap(pid)
+            child.reap()
             raise
     finally:
         if read_end >= 0:
@@ -115,16 +102,16 @@ def _start(verb: str, args: Sequence[str], stdio: Stdio | None, preserve_fds: in
     except ValueError:
         report = None
     if not isinstance(report, dict):
-        status = reap(pid)
+        status = child.reap()
         raise LauncherError(f"torpor-launcher {verb} ended without a report (status {status})")
     if not report.get("ok"):
-        reap(pid)
+        child.reap()
         error = report.get("error") or {}
         message = error.get("message") or f"torpor-launcher {verb} failed"
         raise from_engine(error.get("code", "launcher"), None, error.get("pid"), error.get("object"), message)
     for warning in report.get("warnings") or []:
         log.warning(warning)
-    return pid, report
+    return child, report
 
 
 def _read_line(fd: int) -> bytes:
@@ -137,7 +124,7 @@ def _read_line(fd: int) -> bytes:
     return data.split(b"\n", 1)[0]
 
 
-def _spawn(argv: list[str], stdio: Stdio | None, report_fd: int | None) -> int:
+def _spawn(argv: list[str], stdio: Stdio | None, report_fd: int | None) -> Child:
     image = _sealed_image()
     copies: list[int] = []
     actions: list[tuple[int, int, int]] = []
@@ -150,7 +137,7 @@ def _spawn(argv: list[str], stdio: Stdio | None, report_fd: int | None) -> int:
             # dup2 onto itself is how posix_spawn clears close-on-exec
             actions.append((os.POSIX_SPAWN_DUP2, report_fd, report_fd))
         log.debug("launcher " + " ".join(argv))
-        return os.posix_spawn(
+        pid = os.posix_spawn(
             f"/proc/self/fd/{image}",
             ["torpor-launcher", *argv],
             os.environ,
@@ -161,6 +148,7 @@ def _spawn(argv: list[str], stdio: Stdio | None, report_fd: int | None) -> int:
             setsigmask=(),
             setsigdef=range(1, 32),
         )
+        return Child(pid)
     except OSError as e:
         raise LauncherError(f"cannot run torpor-launcher: {e.strerror}") from None
     finally:

@@ -80,12 +80,6 @@ def unmount(home: Home) -> None:
     mounts.unmount(top)
 
 
-def mount_points(home: Home) -> list[str]:
-    """What has to be unmounted before the state directory can go, innermost first."""
-    top = home.file("overlay")
-    return [os.path.join(top, "merged"), top]
-
-
 def _escape(path: str) -> str:
     """overlayfs splits its options at `,` and lowerdir at `:`; a backslash keeps them."""
     return "".join("\\" + c if c in "\\,:" else c for c in path)

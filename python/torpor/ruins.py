@@ -7,10 +7,15 @@ finding nothing. The directory goes last: as long as it is there, somebody can t
 from __future__ import annotations
 
 import os
+import sys
 
 from . import launcher, log, overlay, proc
 from .errors import StateError, TorporError
 from .state import LIVING, TRANSIENT, Home, State
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
 
 _SIGKILL = 9
 
@@ -62,6 +67,27 @@ def clear(home: Home, state: State | None) -> None:
         launcher.run("delete", "--root", home.file("oci"), "--id", home.id)
     overlay.unmount(home)
     remove_tree(home.path)
+
+
+def orphan_command(home: Home) -> dict[str, Any]:
+    """What the tracer runs when the torpor it works for is killed in a restore: `clear`, in a new process.
+
+    The tracer is a fork of us, so it holds our lock on the container and this must not wait for it.
+    """
+    package = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    if sys.executable:
+        code = "import sys; sys.path.insert(0, sys.argv[1]); from torpor import ruins; ruins.clear_orphan(sys.argv[2])"
+        argv = [sys.executable, "-I", "-S", "-c", code, package, home.path]
+        return {"argv0_path": sys.executable, "argv": argv, "remove": []}
+    # Python inside another program. What stays of the directory, the next torpor finds and clears.
+    argv = ["torpor-launcher", "delete", "--root", home.file("oci"), "--id", home.id]
+    return {"argv0_path": launcher.path(), "argv": argv, "remove": []}
+
+
+def clear_orphan(path: str) -> None:
+    """`clear` without the lock."""
+    home = Home(*os.path.split(path))
+    clear(home, home.read())
 
 
 def kill(state: State) -> None:

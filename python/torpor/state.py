@@ -1,5 +1,4 @@
-"""The state of a container on disk: `<root>/<id>/state.json`, replaced by rename, changed only under
-`<root>/<id>/lock`.
+"""The state of a container: `<root>/<id>/state.json`, replaced by rename, changed only under `<root>/<id>/lock`.
 
 Reading needs no lock. The status on disk is what the last command left; `observe` compares it with the living process,
 so a container that ended by itself is `stopped` for everyone without a daemon having to notice.

@@ -1,7 +1,6 @@
 """Stand in front of a container: pass signals on to it, carry its terminal, and leave with its exit code.
 
-One loop over everything that can happen. Signal handlers are set here and nowhere else: this is the command, not the
-library.
+One loop over everything that can happen. Signal handlers are set here and nowhere else: a command may, a library not.
 """
 
 from __future__ import annotations
@@ -10,15 +9,15 @@ import os
 import select
 import signal
 
-from torpor import launcher, log
-from torpor.console import RawMode, copy_window_size
+from torpor.cli import Interrupted
 from torpor.errors import KernelError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from types import FrameType, TracebackType
 
-    from torpor.exits import Exit
+    from torpor.console import Listener
+    from torpor.exits import Child, Exit
 
 # What a terminal, an init system or a user sends to a command to reach the program behind it.
 FORWARDED = (
@@ -39,20 +38,16 @@ FORWARDED = (
 _ENDING = (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTERM)
 
 
-class Interrupted(BaseException):
-    """A signal came before there was a container to send it to. Not an Exception: it must pass through every
-    handler.
+class Signals:
+    """Signals as readable numbers in a pipe, from before the container is built, so that none is lost.
+
+    Until there is a program to pass them on to, those that end a command raise Interrupted, once: the second ctrl-C of
+    an impatient user must not cut the clearing up short. With `patient` none raises; they wait in the pipe.
     """
 
-    def __init__(self, number: int) -> None:
-        self.number = number
-
-
-class Signals:
-    """Signals as readable numbers in a pipe. Entered before the container is built, so that none is lost."""
-
-    def __init__(self) -> None:
+    def __init__(self, *, patient: bool = False) -> None:
         self._target = 0
+        self._raises = not patient
         self._before: dict[int, object] = {}
         self.fd, self._write_end = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
 
@@ -63,7 +58,8 @@ class Signals:
         return self
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if not self._target and number in _ENDING:
+        if self._raises and number in _ENDING:
+            self._raises = False
             raise Interrupted(number)
         try:
             os.write(self._write_end, bytes((number,)))
@@ -72,6 +68,7 @@ class Signals:
 
     def aim_at(self, pid: int) -> None:
         """From now on signals are for this process."""
+        self._raises = False
         self._target = pid
 
     def pending(self) -> bytes:
@@ -93,42 +90,33 @@ class Signals:
         os.close(self._write_end)
 
 
-def follow(supervisor: int, pid: int, signals: Signals, master: int = -1) -> int:
-    """Until the program has ended: forward signals to `pid` and, with a pty `master`, relay the terminal.
-
-    Returns:
-        The program's exit code, 128 + N when signal N killed it.
-    """
+def follow(end: Child | Exit, pid: int, signals: Signals, master: int = -1) -> None:
+    """Until `end` has ended: forward signals to `pid` and, with a pty `master`, relay the terminal."""
     signals.aim_at(pid)
-    end = os.pidfd_open(supervisor)
-    try:
-        if master < 0:
-            _loop(end, signals, None)
-        else:
-            with RawMode(0):
-                relay = Relay(master)
-                _loop(end, signals, relay)
-                relay.drain()
-    finally:
-        os.close(end)
-    status = launcher.reap(supervisor)
-    log.debug(f"the program ended: {status}")
-    return 128 if status is None else status
-
-
-def follow_other(end: Exit, signals: Signals) -> int:
-    """As `follow`, for a container that is not our child: one that was created by another command."""
-    signals.aim_at(end.pid)
-    if end.fileno() >= 0:
+    if master < 0:
         _loop(end.fileno(), signals, None)
-    status = end.status()
+        return
+    from torpor.console import RawMode
+
+    with RawMode(0):
+        relay = Relay(master)
+        _loop(end.fileno(), signals, relay)
+        relay.drain()
+
+
+def exit_code(status: int | None) -> int:
+    """The program's exit code as our own.
+
+    Raises:
+        KernelError: nobody knows it.
+    """
     if status is None:
         raise KernelError("the container has ended, but this kernel does not say how: that needs Linux 6.15")
     return status
 
 
 def _loop(end: int, signals: Signals, relay: Relay | None) -> None:
-    while True:
+    while end >= 0:
         poller = select.poll()
         poller.register(end, select.POLLIN)
         poller.register(signals.fd, select.POLLIN)
@@ -151,6 +139,36 @@ def _pass_on(signals: Signals, relay: Relay | None) -> None:
             relay.resize()
 
 
+class Terminal:
+    """Where the container's terminal arrives: nowhere when it has none."""
+
+    def __init__(self, directory: str, wanted: bool) -> None:
+        self.socket = ""
+        self._listener: Listener | None = None
+        self._master = -1
+        if wanted:
+            from torpor.console import Listener
+
+            self._listener = Listener(directory)
+            self.socket = self._listener.path
+
+    def receive(self) -> int:
+        """The pty master, -1 when there is no terminal."""
+        if self._listener is not None:
+            self._master = self._listener.receive()
+            self._listener.close()
+        return self._master
+
+    def __enter__(self) -> Terminal:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._listener is not None:
+            self._listener.close()
+        if self._master >= 0:
+            os.close(self._master)
+
+
 class Relay:
     """Bytes between our standard input and output and the pty master of the container."""
 
@@ -164,6 +182,8 @@ class Relay:
         self.resize()
 
     def resize(self) -> None:
+        from torpor.console import copy_window_size
+
         copy_window_size(0, self._master)
 
     def register(self, poller: select.poll) -> None:

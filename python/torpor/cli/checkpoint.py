@@ -1,6 +1,5 @@
 """DIR is made when it is missing and gets one file, checkpoint.img. Without --leave-running the container is stopped
-and its state kept
-until `delete`. Whatever goes wrong, the container runs on and nothing is left in DIR."""
+and its state kept until `delete`. Whatever goes wrong, the container runs on and nothing is left in DIR."""
 
 from __future__ import annotations
 

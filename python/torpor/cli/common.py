@@ -8,9 +8,10 @@ from torpor.flags import BOOL, NUMBER, TEXT, Flag, Parsed
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from torpor.config import Config
     from torpor.create import Options
-    from torpor.launcher import Stdio
 
 # create, run, restore
 START_FLAGS = (
@@ -30,7 +31,13 @@ DETACH = Flag("detach", BOOL, "return as soon as the container runs", short="d")
 Refused = tuple[tuple[str, str, str], ...]
 
 
-def start_options(flags: Parsed, *, supervise: bool, console_socket: str = "", stdio: Stdio | None = None) -> Options:
+def start_options(
+    flags: Parsed,
+    *,
+    supervise: bool,
+    console_socket: str = "",
+    committed: Callable[[int], None] | None = None,
+) -> Options:
     from torpor.create import Options
 
     preserve = flags.number("preserve-fds")
@@ -43,7 +50,7 @@ def start_options(flags: Parsed, *, supervise: bool, console_socket: str = "", s
         no_pivot=flags.on("no-pivot"),
         no_new_keyring=flags.on("no-new-keyring"),
         supervise=supervise,
-        stdio=stdio,
+        committed=committed,
     )
 
 

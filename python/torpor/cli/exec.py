@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-
 from torpor.errors import UsageError
 from torpor.flags import BOOL, LIST, NUMBER, TEXT, Flag
 
@@ -14,7 +12,7 @@ if TYPE_CHECKING:
     from typing import Any
 
     from torpor.config import Config
-    from torpor.container import Container
+    from torpor.container import Container, Process
     from torpor.flags import Parsed
 
 USAGE = "[flags] ID COMMAND [ARGS...]"
@@ -99,7 +97,7 @@ def _read_process(path: str) -> dict[str, Any]:
     return process
 
 
-def _start(found: Container, flags: Parsed, process: dict[str, Any], *, supervise: bool, socket: str) -> Any:
+def _start(found: Container, flags: Parsed, process: dict[str, Any], *, supervise: bool, socket: str) -> Process:
     return found.exec_process(
         process,
         supervise=supervise,
@@ -111,27 +109,14 @@ def _start(found: Container, flags: Parsed, process: dict[str, Any], *, supervis
 
 
 def _attach(config: Config, found: Container, flags: Parsed, process: dict[str, Any]) -> int:
-    from .attach import Interrupted, Signals, follow
+    from .attach import Signals, Terminal, exit_code, follow
 
-    master = -1
-    with Signals() as signals:
-        try:
-            if process.get("terminal"):
-                from torpor.console import Listener
-
-                with Listener(config.root) as listener:
-                    started = _start(found, flags, process, supervise=True, socket=listener.path)
-                    master = listener.receive()
-            else:
-                started = _start(found, flags, process, supervise=True, socket="")
-        except Interrupted as e:
-            return 128 + e.number
+    with Signals(patient=True) as signals, Terminal(config.root, bool(process.get("terminal"))) as terminal:
+        started = _start(found, flags, process, supervise=True, socket=terminal.socket)
+        assert started.supervisor is not None
         _write_pid_files(flags, started.pid)
-        try:
-            return follow(started.supervisor, started.pid, signals, master)
-        finally:
-            if master >= 0:
-                os.close(master)
+        follow(started.supervisor, started.pid, signals, terminal.receive())
+        return exit_code(started.wait())
 
 
 def _write_pid_files(flags: Parsed, pid: int) -> None:

@@ -6,6 +6,7 @@ import os
 import sys
 
 from torpor import log
+from torpor.cli import Interrupted
 from torpor.config import FLAGS, Config, from_flags
 from torpor.errors import TorporError, UsageError
 from torpor.flags import HelpRequested, describe, parse
@@ -69,7 +70,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             _debug_traceback()
         _fail(str(e), argv)
     except KeyboardInterrupt:
-        return 130
+        return 128 + 2
+    except Interrupted as e:
+        return 128 + e.number
     except BrokenPipeError:
         # The reader of our output is gone; nobody is left to tell. Keep Python from trying again at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)

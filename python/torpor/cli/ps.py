@@ -1,6 +1,5 @@
-"""Pids are the host's. Words after the id are given to the host's ps program, of whose output the container's lines are
-shown.
-"""
+"""Pids are the host's. Words after the id are given to the host's ps program, of whose output the lines of the
+container are shown."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""A container of this id that waits in status created is filled; else one is created, from --bundle or, for an image of
-a container
-that had none, on the host's files. Without --detach the command stays, and exits with the program's exit code."""
+"""A container of this id that waits in status created is filled; else one is created, from --bundle or, for an image
+of a container that had none, on the host's files. Without --detach the command stays, and exits with the program's
+exit code."""
 
 from __future__ import annotations
 
@@ -72,26 +72,25 @@ def execute(config: Config, flags: Parsed) -> int:
 
 def _fill(config: Config, existing: Container, flags: Parsed, image: str) -> int:
     config.check_against(existing.refresh().flags, existing.id)
-    for name in ("bundle", "console-socket"):
-        if flags.text(name):
-            raise UsageError(
-                f"container {existing.id!r} is there already: leave --{name} out, or restore under another id"
-            )
+    state = existing.refresh()
+    other = "bundle" if flags.text("bundle") and os.path.abspath(flags.text("bundle")) != state.bundle else ""
+    if flags.text("console-socket"):
+        other = "console-socket"
+    if other:
+        raise UsageError(f"container {existing.id!r} was created without that --{other}: leave it out")
     api.check_image(image)
     if flags.on("detach"):
         create.restore_into(existing, image, flags.text("pid-file"))
         return 0
     from torpor.exits import Exit
 
-    from .attach import Interrupted, Signals, follow_other
+    from .attach import Signals, exit_code, follow
 
-    with Signals() as signals, Exit(existing.pid, existing.refresh().start_time) as end:
+    with Signals() as signals, Exit(existing.pid, state.start_time) as end:
+        create.restore_into(existing, image, flags.text("pid-file"), signals.aim_at)
         try:
-            create.restore_into(existing, image, flags.text("pid-file"))
-        except Interrupted as e:
-            return 128 + e.number
-        try:
-            return follow_other(end, signals)
+            follow(end, existing.pid, signals)
+            return exit_code(end.status())
         finally:
             forget(existing)
 

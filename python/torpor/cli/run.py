@@ -1,7 +1,6 @@
 """Without --detach the command stays in front of the container, passes signals and the terminal on, exits with the
-program's exit
-code and deletes the container. With words after the id and no --bundle, the container runs them on the host's own
-files, read-only under a layer of its own."""
+program's exit code and deletes the container. With words after the id and no --bundle, the container runs them on
+the host's own files, read-only under a layer of its own."""
 
 from __future__ import annotations
 
@@ -76,30 +75,17 @@ def start(
 def attach(
     config: Config, flags: Parsed, what: Plan, build: Callable[[Options], Container], *, keep: bool = False
 ) -> int:
-    import os
+    from .attach import Signals, Terminal, exit_code, follow
 
-    from .attach import Interrupted, Signals, follow
-
-    master = -1
-    with Signals() as signals:
-        try:
-            if what.terminal:
-                from torpor.console import Listener
-
-                with Listener(config.root) as listener:
-                    container = build(start_options(flags, supervise=True, console_socket=listener.path))
-                    signals.aim_at(container.pid)
-                    master = listener.receive()
-            else:
-                container = build(start_options(flags, supervise=True))
-        except Interrupted as e:
-            return 128 + e.number
+    with Signals() as signals, Terminal(config.root, what.terminal) as terminal:
+        container = build(
+            start_options(flags, supervise=True, console_socket=terminal.socket, committed=signals.aim_at)
+        )
         assert container.supervisor is not None
         try:
-            return follow(container.supervisor, container.pid, signals, master)
+            follow(container.supervisor, container.pid, signals, terminal.receive())
+            return exit_code(container.wait())
         finally:
-            if master >= 0:
-                os.close(master)
             if not keep:
                 forget(container)
 
@@ -109,7 +95,6 @@ def forget(container: Container) -> None:
     from torpor import log
     from torpor.errors import StateError, TorporError
 
-    container.release_supervisor()
     try:
         container.delete(force=True)
     except StateError:

@@ -1,6 +1,4 @@
-"""Words after the flags become the command; `sh` when there are none. A config.json that is there is not
-overwritten.
-"""
+"""Words after the flags become the command; `sh` when there are none. A config.json that exists is not overwritten."""
 
 from __future__ import annotations
 

@@ -1,6 +1,5 @@
-"""Prints {"id", "exitStatus"} when the container has ended; exitStatus is null when nobody can know it any more: it
-ended before
-anyone looked, or the kernel is older than 6.15."""
+"""Prints {"id", "exitStatus"} when the container has ended. exitStatus is null when nobody can know it any more: it
+ended before anyone looked, or the kernel is older than 6.15."""
 
 from __future__ import annotations
 
