@@ -24,12 +24,24 @@ pub fn is_open(fd: RawFd) -> bool {
     fcntl(fd, FcntlArg::F_GETFD).is_ok()
 }
 
-/// Gives the container's program the signal state of a fresh process: Rust ignores SIGPIPE, and whoever called us may
-/// ignore or block others.
+/// The kernel's `struct sigaction`, all zero: the default action.
+const DEFAULT_ACTION: [u64; 4] = [0; 4];
+
+/// Gives the container's program the signal state of a fresh process: Rust ignores SIGPIPE, posix_spawn of glibc leaves
+/// its internal signals ignored, and whoever called us may ignore or block others.
 pub fn reset_signals() {
-    for signal in 1..=libc::SIGRTMAX() {
-        // SAFETY: setting a default action installs no handler. SIGKILL, SIGSTOP and those glibc keeps answer EINVAL.
-        unsafe { libc::signal(signal, libc::SIG_DFL) };
+    for signal in 1..=64 {
+        // Not through libc, which hides the signals it uses itself. SIGKILL and SIGSTOP answer EINVAL.
+        // SAFETY: the action is as large as the kernel reads, and a default action installs no handler.
+        unsafe {
+            libc::syscall(
+                libc::SYS_rt_sigaction,
+                signal,
+                DEFAULT_ACTION.as_ptr(),
+                std::ptr::null::<u64>(),
+                size_of::<u64>(),
+            )
+        };
     }
     let _ = SigSet::empty().thread_set_mask();
 }
