@@ -38,10 +38,9 @@ pub struct Frozen {
 
 /// Stops every thread of the container whose init is `init`.
 ///
-/// With a freezer the set of tasks cannot change while they are seized. A task of a frozen v1 group reaches its
-/// ptrace stop only when thawed, so the order is: freeze, seize and interrupt all, thaw, wait. The group is
-/// frozen only for the moment that takes: a tracer that is killed must not leave a frozen container.
-/// Without a freezer tasks are seized with their children followed until a pass finds nothing new.
+/// Tasks are seized with their children followed, pass after pass, until a pass finds nothing new: whoever is
+/// seized cannot make a child that is not. The freezer is needed only where that does not come to an end (a fork
+/// storm) or where the container is paused: a tracer that is killed must not leave a frozen container.
 pub fn freeze(init: Pid) -> Result<Frozen> {
     let freezer = Freezer::of(init).about(init, "cgroup")?;
     let was_paused = match &freezer {
@@ -56,38 +55,31 @@ pub fn freeze(init: Pid) -> Result<Frozen> {
         seized: BTreeMap::new(),
         stopped: BTreeSet::new(),
     };
-    match frozen.freezer.clone() {
-        Some(freezer) => frozen.stop_group(init, &freezer)?,
-        None => frozen.stop_tree(init)?,
-    }
+    frozen.stop_all(init)?;
     frozen.sort(init);
     Ok(frozen)
 }
 
-impl Frozen {
-    fn stop_group(&mut self, init: Pid, freezer: &Freezer) -> Result<()> {
-        if !self.was_paused {
-            freezer.freeze(LIMIT).about(init, "freezer")?;
-        }
-        let thaw = Thaw(freezer);
-        for pid in freezer.pids().about(init, "cgroup.procs")? {
-            self.seize_process(pid, Options::SUSPEND_SECCOMP)?;
-        }
-        drop(thaw);
-        self.wait_all()
-    }
+/// How many passes are made before a container counts as a fork storm.
+const PASSES: usize = 20;
 
-    fn stop_tree(&mut self, init: Pid) -> Result<()> {
-        let options = Options::SUSPEND_SECCOMP.and(Options::FOLLOW);
-        loop {
+impl Frozen {
+    fn stop_all(&mut self, init: Pid) -> Result<()> {
+        if self.was_paused {
+            self.seize_frozen(init)?;
+        }
+        for pass in 0.. {
             let before = self.seized.len();
-            for pid in tree(init)? {
-                self.seize_process(pid, options)?;
+            for pid in self.candidates(init)? {
+                self.seize_process(pid, |_| true)?;
             }
+            self.wait_all()?;
             if self.seized.len() == before {
                 break;
             }
-            self.wait_all()?;
+            if pass == PASSES {
+                self.freeze_storm(init)?;
+            }
         }
         for tid in self.seized.keys() {
             ptrace::set_options(*tid, Options::SUSPEND_SECCOMP).about(*tid, "thread")?;
@@ -95,13 +87,45 @@ impl Frozen {
         Ok(())
     }
 
-    fn seize_process(&mut self, pid: Pid, options: Options) -> Result<()> {
+    /// Every process that may belong to the container.
+    fn candidates(&self, init: Pid) -> Result<Vec<Pid>> {
+        let mut all = tree(init)?;
+        if let Some(freezer) = &self.freezer {
+            all.extend(freezer.pids().about(init, "cgroup.procs")?);
+        }
+        Ok(all)
+    }
+
+    /// Seizes the tasks of a frozen group and thaws it: a frozen task reaches its ptrace stop only when thawed.
+    /// One that a signal had stopped is left for after: seizing it waits for something that it can only do
+    /// when it is thawed (kernel/ptrace.c, JOBCTL_TRAPPING).
+    fn seize_frozen(&mut self, init: Pid) -> Result<()> {
+        let Some(freezer) = self.freezer.clone() else { return Ok(()) };
+        let thaw = Thaw(&freezer);
+        for pid in freezer.pids().about(init, "cgroup.procs")? {
+            self.seize_process(pid, |tid| !is_in_signal_stop(tid))?;
+        }
+        drop(thaw);
+        self.wait_all()
+    }
+
+    fn freeze_storm(&mut self, init: Pid) -> Result<()> {
+        let Some(freezer) = self.freezer.clone() else {
+            let why = "it makes processes faster than they can be stopped";
+            return Err(Error::unsupported(init, "fork storm", why, "give the container a cgroup of its own"));
+        };
+        freezer.freeze(LIMIT).about(init, "freezer")?;
+        self.seize_frozen(init)
+    }
+
+    fn seize_process(&mut self, pid: Pid, wanted: impl Fn(Pid) -> bool) -> Result<()> {
+        let options = Options::SUSPEND_SECCOMP.and(Options::FOLLOW);
         let Ok(stat) = proc::stat(pid) else { return Ok(()) };
         if stat.state == 'Z' {
             return self.check_zombie(pid);
         }
         for tid in proc::threads(pid).unwrap_or_default() {
-            if self.seized.contains_key(&tid) {
+            if self.seized.contains_key(&tid) || !wanted(tid) {
                 continue;
             }
             match ptrace::seize(tid, options) {
@@ -249,6 +273,10 @@ impl Drop for Thaw<'_> {
     fn drop(&mut self) {
         let _ = self.0.thaw();
     }
+}
+
+fn is_in_signal_stop(tid: Pid) -> bool {
+    std::fs::read_to_string(format!("/proc/{tid}/wchan")).is_ok_and(|w| w == "do_signal_stop")
 }
 
 fn libc_sigtrap() -> i32 {

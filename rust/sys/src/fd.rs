@@ -111,8 +111,9 @@ pub fn ioctl_set<const N: usize>(fd: impl AsFd, request: u64, value: &[u8; N]) -
     check(ret.into(), "ioctl", fd).map(drop)
 }
 
-/// The content of a pipe, left in it: tee(2) into a pipe of ours. `fd` must be open for reading.
-pub fn pipe_content(fd: impl AsFd) -> Result<Vec<u8>> {
+/// The content of a pipe, left in it: tee(2) into a pipe of ours. `fd` must be open for reading. One piece for
+/// each read(2), which in packet mode is a packet.
+pub fn pipe_content(fd: impl AsFd) -> Result<Vec<Vec<u8>>> {
     let len = ioctl_int(&fd, libc::FIONREAD)?;
     if len == 0 {
         return Ok(Vec::new());
@@ -126,13 +127,21 @@ pub fn pipe_content(fd: impl AsFd) -> Result<Vec<u8>> {
     };
     check(copied as i64, "tee", "pipe")?;
     drop(writer);
-    let mut content = Vec::new();
     let mut file = std::fs::File::from(reader);
-    std::io::Read::read_to_end(&mut file, &mut content).map_err(|e| Error::io("read", "pipe", &e))?;
-    if content.len() != len as usize {
-        return Err(Error::Parse { file: "pipe".into(), text: format!("{} of {len} bytes", content.len()) });
+    let mut pieces = Vec::new();
+    let mut buffer = vec![0; size.max(len) as usize];
+    loop {
+        let got = std::io::Read::read(&mut file, &mut buffer).map_err(|e| Error::io("read", "pipe", &e))?;
+        if got == 0 {
+            break;
+        }
+        pieces.push(buffer[..got].to_vec());
     }
-    Ok(content)
+    let total: usize = pieces.iter().map(Vec::len).sum();
+    if total != len as usize {
+        return Err(Error::Parse { file: "pipe".into(), text: format!("{total} of {len} bytes") });
+    }
+    Ok(pieces)
 }
 
 /// A pipe: (read end, write end).
@@ -303,4 +312,11 @@ pub fn socket_domain(fd: impl AsFd) -> Result<i32> {
     };
     check(ret.into(), "getsockopt", fd)?;
     Ok(domain)
+}
+
+/// The names in a directory.
+pub fn list(directory: impl AsFd) -> Result<Vec<String>> {
+    let path = format!("/proc/self/fd/{}", directory.as_fd().as_raw_fd());
+    let entries = std::fs::read_dir(&path).map_err(|e| Error::io("open", &path, &e))?;
+    Ok(entries.flatten().filter_map(|e| e.file_name().into_string().ok()).collect())
 }

@@ -89,7 +89,7 @@ fn mapped(skeleton: &Skeleton, inventory: &Inventory) -> Result<Vec<OwnedFd>> {
 }
 
 fn descriptions(skeleton: &Skeleton, inventory: &Inventory, image: &Reader, shared: &[OwnedFd]) -> Result<Vec<OwnedFd>> {
-    let pipes = pipes(inventory, image)?;
+    let pipes = pipes(skeleton, inventory, image)?;
     let mut paths = named(skeleton, &inventory.descriptions)?.into_iter();
     let mut sockets = Sockets::rebuild(skeleton, &inventory.descriptions, image)?;
     let mut all = Vec::new();
@@ -124,7 +124,7 @@ fn descriptions(skeleton: &Skeleton, inventory: &Inventory, image: &Reader, shar
 
 /// Status flags that are set after the fact. A standard stream belongs to whoever gave it to us.
 fn set_flags(fd: &OwnedFd, description: &Description) -> Result<()> {
-    let settable = libc::O_NONBLOCK | libc::O_APPEND;
+    let settable = libc::O_NONBLOCK | libc::O_APPEND | libc::O_DIRECT;
     if matches!(description.object, Object::Stdio { .. } | Object::Path(_)) {
         return Ok(());
     }
@@ -143,8 +143,22 @@ fn standard(skeleton: &Skeleton, index: usize) -> Result<OwnedFd> {
     stream.try_clone().map_err(|e| torpor_sys::Error::io("dup", "standard stream", &e)).about(1, "standard stream")
 }
 
-fn pipes(inventory: &Inventory, image: &Reader) -> Result<Vec<(OwnedFd, OwnedFd)>> {
-    inventory.objects.pipes.iter().map(|state| pipe::rebuild(state, &image.blob(state.content)?)).collect()
+/// Both ends of every pipe; a FIFO is open for both in one.
+fn pipes(skeleton: &Skeleton, inventory: &Inventory, image: &Reader) -> Result<Vec<(OwnedFd, OwnedFd)>> {
+    let mut all = Vec::new();
+    for state in &inventory.objects.pipes {
+        let ends = match &state.path {
+            None => fd::pipe().about(1, "pipe")?,
+            Some(path) => {
+                let wanted = [(path.clone(), libc::O_RDWR | libc::O_NONBLOCK)];
+                let fifo = skeleton.open_inside(&wanted)?.pop().ok_or_else(|| Error::nonsense("a FIFO was not opened"))?;
+                (fd::reopen(&fifo, libc::O_RDONLY | libc::O_NONBLOCK).about(1, path)?, fifo)
+            }
+        };
+        pipe::fill(state, &ends.1, &image.blob(state.content)?)?;
+        all.push(ends);
+    }
+    Ok(all)
 }
 
 /// One more open file description for an end of a pipe.

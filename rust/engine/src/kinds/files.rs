@@ -263,7 +263,7 @@ fn object(
     let (pid, number) = (found.holder, found.number);
     match found.id.kind() {
         libc::S_IFREG | libc::S_IFDIR | libc::S_IFCHR | libc::S_IFBLK => path(found, naming).map(Some),
-        libc::S_IFIFO if found.link.starts_with("pipe:") => pipe_end(found, naming).map(Some),
+        libc::S_IFIFO => pipe_end(survey, found, naming).map(Some),
         libc::S_IFSOCK => {
             let domain = fd::socket_domain(&found.fd).about(pid, format!("fd {number}"))?;
             if domain != libc::AF_UNIX {
@@ -292,12 +292,19 @@ fn object(
     }
 }
 
-fn pipe_end(found: &Found, naming: &mut Naming<'_, '_>) -> Result<Object> {
-    let ino = found.id.ino;
-    if let Some(index) = naming.pipes.iter().position(|p| p.ino == ino) {
+fn pipe_end(survey: &Survey, found: &Found, naming: &mut Naming<'_, '_>) -> Result<Object> {
+    let id = &found.id;
+    if let Some(index) = naming.pipes.iter().position(|p| p.ino == id.ino) {
         return Ok(Object::Pipe { index });
     }
-    let state = pipe::collect(found.holder, ino, &found.fd, naming.blob)?;
+    let same = |f: &&Found| (f.id.dev, f.id.ino) == (id.dev, id.ino);
+    let packets = survey.found.iter().filter(same).any(|f| f.info.flags & libc::O_DIRECT != 0);
+    let mut state = pipe::collect(found.holder, id.ino, &found.fd, packets, naming.blob)?;
+    if !found.link.starts_with("pipe:") {
+        let object = format!("fd {} ({})", found.number, found.link);
+        naming.tables.view.check(found.holder, &object, &found.link, id)?;
+        state.path = Some(found.link.clone());
+    }
     naming.pipes.push(state);
     Ok(Object::Pipe { index: naming.pipes.len() - 1 })
 }
@@ -313,9 +320,14 @@ fn path(found: &Found, naming: &mut Naming<'_, '_>) -> Result<Object> {
     if found.id.nlink == 0 {
         return Err(Error::unsupported(pid, object, "a removed file of this kind is not carried yet", ""));
     }
-    naming.tables.view.check(pid, &object, &found.link, &found.id)?;
     let id = &found.id;
-    Ok(Object::Path(PathState { path: found.link.clone(), mode: id.mode, size: id.size, mtime: id.mtime }))
+    // Its name is gone, but it has another one.
+    let path = match found.link.strip_suffix(" (deleted)") {
+        Some(gone) => naming.tables.view.other_name(gone, id).unwrap_or_else(|| found.link.clone()),
+        None => found.link.clone(),
+    };
+    naming.tables.view.check(pid, &object, &path, id)?;
+    Ok(Object::Path(PathState { path, mode: id.mode, size: id.size, mtime: id.mtime }))
 }
 
 /// # Errors

@@ -64,6 +64,9 @@ pub struct Area {
     /// Locked in memory.
     #[serde(default)]
     pub locked: bool,
+    /// Counted as memory in use (VmFlags "ac"): it is or once was writable.
+    #[serde(default)]
+    pub accounted: bool,
 }
 
 /// A file that is mapped.
@@ -162,8 +165,8 @@ fn area(pid: Pid, vma: &Vma, tables: &mut Tables<'_>) -> Result<Area> {
     let bit = |on: bool, flag| if on { flag } else { 0 };
     let flags = if vma.shared { libc::MAP_SHARED } else { libc::MAP_PRIVATE }
         | bit(source == Source::Nothing, libc::MAP_ANONYMOUS)
-        | bit(vma.has(b"gd"), libc::MAP_GROWSDOWN | libc::MAP_STACK)
-        | bit(!vma.has(b"ac"), libc::MAP_NORESERVE);
+        | bit(vma.has(b"gd"), libc::MAP_GROWSDOWN)
+        | bit(vma.has(b"nr"), libc::MAP_NORESERVE);
     Ok(Area {
         start: vma.start,
         end: vma.end,
@@ -174,6 +177,7 @@ fn area(pid: Pid, vma: &Vma, tables: &mut Tables<'_>) -> Result<Area> {
         name: given_name(&vma.name),
         advice: ADVICE.iter().filter(|(flag, _)| vma.has(flag)).map(|(_, advice)| *advice).collect(),
         locked: vma.has(b"lo"),
+        accounted: vma.has(b"ac"),
     })
 }
 
@@ -208,15 +212,16 @@ impl Area {
         self.flags & libc::MAP_PRIVATE != 0
     }
 
-    /// Made writable until it is filled, when it is private: then its real protection is set by [`seal`].
-    fn filling(&self) -> bool {
-        self.is_private()
+    /// Made writable until it is filled; then its real protection is set by [`seal`]. One that never was
+    /// writable stays as it is: making it so would count it as memory in use.
+    pub fn is_opened(&self) -> bool {
+        self.is_private() && (self.accounted || self.prot & libc::PROT_WRITE != 0)
     }
 }
 
 /// Maps one area. `fd` is where its file is open.
 pub fn rebuild_area(batch: &mut Batch, area: &Area, fd: Arg) {
-    let prot = if area.filling() { libc::PROT_READ | libc::PROT_WRITE } else { area.prot };
+    let prot = if area.is_opened() { libc::PROT_READ | libc::PROT_WRITE } else { area.prot };
     let flags = area.flags | libc::MAP_FIXED_NOREPLACE;
     let what = format!("mmap of {:x}-{:x}", area.start, area.end);
     let len = area.end - area.start;
@@ -231,7 +236,7 @@ pub fn rebuild_area(batch: &mut Batch, area: &Area, fd: Arg) {
 pub fn seal(batch: &mut Batch, area: &Area) {
     const PR_SET_VMA: i32 = 0x5356_4d41;
     let len = area.end - area.start;
-    if area.filling() && area.prot != libc::PROT_READ | libc::PROT_WRITE {
+    if area.is_opened() && area.prot != libc::PROT_READ | libc::PROT_WRITE {
         let what = format!("mprotect of {:x}-{:x}", area.start, area.end);
         batch.must(what, libc::SYS_mprotect, [area.start.into(), len.into(), area.prot.into()]);
     }

@@ -33,6 +33,15 @@ impl View {
         fd::stat(fd::open_in_root(&self.root, path, libc::O_PATH)?)
     }
 
+    /// Another name of a file in the directory that it was removed from.
+    pub fn other_name(&self, gone: &str, id: &FileId) -> Option<String> {
+        let (directory, _) = gone.rsplit_once('/')?;
+        let inside = fd::open_in_root(&self.root, &format!("{directory}/"), libc::O_RDONLY | libc::O_DIRECTORY).ok()?;
+        let names = fd::list(&inside).ok()?;
+        let paths = names.into_iter().map(|name| format!("{directory}/{name}"));
+        paths.into_iter().find(|path| self.stat(path).is_ok_and(|h| (h.dev, h.ino) == (id.dev, id.ino)))
+    }
+
     /// # Errors
     /// Refused when the path does not lead to this very file any more: it was renamed, replaced or mounted over.
     pub fn check(&self, pid: Pid, object: &str, path: &str, id: &FileId) -> Result<()> {

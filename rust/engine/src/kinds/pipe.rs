@@ -1,4 +1,4 @@
-//! Pipes with what is in them.
+//! Pipes and FIFOs with what is in them.
 
 use std::io::Write;
 use std::os::fd::OwnedFd;
@@ -7,17 +7,23 @@ use serde::{Deserialize, Serialize};
 use torpor_image::BlobRef;
 use torpor_sys::{Pid, fd};
 
-use crate::error::{About, Error, Result};
+use crate::error::{About, Result};
 
 /// A pipe.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct State {
     /// Inode number, for people.
     pub ino: u64,
+    /// Where it is, when it has a name (fifo(7)).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub path: Option<String>,
     /// Capacity in bytes (F_GETPIPE_SZ).
     pub size: i32,
     /// Unread bytes.
     pub content: BlobRef,
+    /// Lengths of the packets that the content is made of, in packet mode (pipe(2), O_DIRECT).
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub packets: Vec<usize>,
 }
 
 /// Reads a pipe without emptying it, through any of its ends. The `end` is a descriptor of ours for the
@@ -26,26 +32,31 @@ pub fn collect(
     pid: Pid,
     ino: u64,
     end: &OwnedFd,
+    packets: bool,
     blob: &mut dyn FnMut(&[u8]) -> Result<BlobRef>,
 ) -> Result<State> {
     let object = || format!("pipe {ino}");
-    let flags = fd::fcntl(end, libc::F_GETFL, 0).about(pid, object())?;
-    if flags & libc::O_DIRECT != 0 {
-        return Err(Error::unsupported(pid, object(), "packet mode is not carried yet", ""));
-    }
     let reader = fd::reopen(end, libc::O_RDONLY | libc::O_NONBLOCK).about(pid, object())?;
-    let content = fd::pipe_content(&reader).about(pid, object())?;
+    let pieces = fd::pipe_content(&reader).about(pid, object())?;
     let size = fd::fcntl(end, libc::F_GETPIPE_SZ, 0).about(pid, object())?;
-    Ok(State { ino, size, content: blob(&content)? })
+    let lengths = pieces.iter().map(Vec::len).filter(|_| packets).collect();
+    Ok(State { ino, path: None, size, content: blob(&pieces.concat())?, packets: lengths })
 }
 
-/// A new pipe with the same content, with both ends open.
-pub fn rebuild(state: &State, content: &[u8]) -> Result<(OwnedFd, OwnedFd)> {
+/// Fills a new pipe, whose end for writing is `writer`, as the old one was.
+pub fn fill(state: &State, writer: &OwnedFd, content: &[u8]) -> Result<()> {
     let object = || format!("pipe {}", state.ino);
-    let (reader, writer) = fd::pipe().about(1, object())?;
-    fd::fcntl(&writer, libc::F_SETPIPE_SZ, state.size.into()).about(1, object())?;
-    fd::fcntl(&writer, libc::F_SETFL, libc::O_NONBLOCK.into()).about(1, object())?;
-    let mut file = std::fs::File::from(writer.try_clone().map_err(|e| torpor_sys::Error::io("dup", "pipe", &e))?);
-    file.write_all(content).map_err(|e| torpor_sys::Error::io("write", "pipe", &e)).about(1, object())?;
-    Ok((reader, writer))
+    fd::fcntl(writer, libc::F_SETPIPE_SZ, state.size.into()).about(1, object())?;
+    let mode = if state.packets.is_empty() { 0 } else { libc::O_DIRECT };
+    fd::fcntl(writer, libc::F_SETFL, (libc::O_NONBLOCK | mode).into()).about(1, object())?;
+    let copy = writer.try_clone().map_err(|e| torpor_sys::Error::io("dup", "pipe", &e)).about(1, object())?;
+    let mut file = std::fs::File::from(copy);
+    let mut rest = content;
+    let lengths = if state.packets.is_empty() { vec![content.len()] } else { state.packets.clone() };
+    for length in lengths {
+        let (piece, after) = rest.split_at(length.min(rest.len()));
+        file.write_all(piece).map_err(|e| torpor_sys::Error::io("write", "pipe", &e)).about(1, object())?;
+        rest = after;
+    }
+    Ok(())
 }

@@ -37,8 +37,13 @@ pub fn answer(asked: [Data; 3], results: &Results) -> State {
 }
 
 /// Arms the timers: one of the last things, so that none fires in a half built process.
+///
+/// A periodic timer whose signal is still pending shows no time left: the kernel arms it again when the signal is
+/// taken (kernel/signal.c, dequeue_signal), which it does not do for a signal that was queued by hand.
 pub fn rebuild(batch: &mut Batch, state: &State) {
-    for (which, timer) in state.interval.iter().enumerate().filter(|(_, t)| t[2] != 0 || t[3] != 0) {
+    for (which, timer) in state.interval.iter().enumerate().filter(|(_, t)| **t != [0; 4]) {
+        let [interval_s, interval_us, s, us] = *timer;
+        let timer = if (s, us) == (0, 0) { [interval_s, interval_us, interval_s, interval_us] } else { *timer };
         let bytes: Vec<u8> = timer.iter().flat_map(|w| w.to_le_bytes()).collect();
         let value = batch.data(&bytes);
         batch.must("setitimer", libc::SYS_setitimer, [which.into(), value.into(), 0.into()]);
