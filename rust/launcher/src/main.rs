@@ -4,6 +4,7 @@
 mod causes;
 mod cgroup;
 mod cgroup_mounts;
+mod copy_up;
 mod error;
 mod flags;
 mod layout;

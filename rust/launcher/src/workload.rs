@@ -22,6 +22,7 @@ use nix::unistd::{Gid, Uid, chdir, close, execve, fchown, getcwd, getpid};
 
 use crate::causes::{Cause, Sink, lower};
 use crate::cgroup_mounts::Restricted;
+use crate::copy_up::CopyUp;
 use crate::error::{one_line, reason};
 use crate::os;
 use crate::privilege::become_process;
@@ -54,6 +55,7 @@ pub struct Plan {
 #[derive(Debug)]
 pub struct First {
     pub restricted: Vec<Restricted>,
+    pub copy_ups: Vec<CopyUp>,
     pub hooks: Vec<Hook>,
     pub state: State,
 }
@@ -84,6 +86,9 @@ impl Workload {
             let syscall = create_syscall();
             for mount in &first.restricted {
                 mount.apply(syscall.as_ref())?;
+            }
+            for mount in &first.copy_ups {
+                mount.run(syscall.as_ref())?;
             }
             make_directory(process.cwd())?;
         }

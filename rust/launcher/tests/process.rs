@@ -370,3 +370,28 @@ fn what_only_shows_at_the_start_is_told_by_start() -> Outcome {
     assert_eq!(bundle.start()?.error().1, "exec: \"/bin/script\": exec format error");
     Ok(())
 }
+
+#[test]
+fn a_tmpfs_can_start_with_the_files_of_the_image() -> Outcome {
+    if !possible() {
+        return Ok(());
+    }
+    let mut bundle = Bundle::new(&[
+        "sh",
+        "-c",
+        "cat /etc/deep/file /etc/link; id -u; echo new > /etc/new; ls -ld /etc",
+    ])?;
+    let etc = bundle.rootfs().join("etc");
+    fs::create_dir(etc.join("deep"))?;
+    fs::write(etc.join("deep/file"), "found\n")?;
+    std::os::unix::fs::symlink("deep/file", etc.join("link"))?;
+    fs::set_permissions(&etc, fs::Permissions::from_mode(0o750))?;
+    if let Some(mounts) = bundle.spec["mounts"].as_array_mut() {
+        let options = ["rprivate", "nosuid", "nodev", "tmpcopyup", "size=1m"];
+        mounts.push(json!({"destination": "/etc", "type": "tmpfs", "source": "tmpfs", "options": options}));
+    }
+    let output = bundle.run()?;
+    assert!(output.starts_with("found\nfound\n0\ndrwxr-x---"), "{output}");
+    assert!(!etc.join("new").exists());
+    Ok(())
+}

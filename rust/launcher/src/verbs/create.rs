@@ -17,6 +17,7 @@ use serde_json::json;
 use crate::causes::{Causes, Sink};
 use crate::cgroup::Cgroup;
 use crate::cgroup_mounts::{self, Guest};
+use crate::copy_up;
 use crate::error::Error;
 use crate::flags::Flags;
 use crate::layout::Layout;
@@ -111,7 +112,9 @@ fn prepare(
         spec: spec.clone(),
     };
     record.save(layout)?;
-    save(&layout.effective_spec(), &spec::effective(spec, bundle, cgroup))?;
+    let mut effective = spec::effective(spec, bundle, cgroup);
+    let copy_ups = copy_up::take(&mut effective);
+    save(&layout.effective_spec(), &effective)?;
 
     let (causes, sink) = Causes::listen(flags.has("debug"))?;
     let gate = Sink::new(gate(&layout.gate())?);
@@ -122,6 +125,7 @@ fn prepare(
         seccomp: spec::own_filter(spec),
         first: Some(First {
             restricted: cgroup_mounts::restricted(spec),
+            copy_ups,
             hooks: start_hooks(&record),
             state: record.state(layout, ContainerStatus::Created, None),
         }),
