@@ -10,6 +10,7 @@ use std::io::{Read, Write};
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::sync::Arc;
 
+use libcontainer::error::LibcontainerError;
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use serde::{Deserialize, Serialize};
@@ -84,7 +85,11 @@ impl Causes {
     }
 
     /// The error to report for `error`, which libcontainer returned.
-    pub fn explain(mut self, error: &dyn std::error::Error) -> Error {
+    pub fn explain(mut self, error: &LibcontainerError) -> Error {
+        use LibcontainerError::{InvalidSpec, MissingSpec, Spec, UserNamespace};
+        if let InvalidSpec(_) | MissingSpec(_) | Spec(_) | UserNamespace(_) = error {
+            return Error::BadSpec(one_line(error));
+        }
         let causes = read(&mut self.0);
         match causes.iter().find(|cause| cause.ours) {
             Some(cause) => Error::BadSpec(cause.message.clone()),

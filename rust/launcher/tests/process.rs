@@ -327,6 +327,15 @@ fn what_cannot_be_built_is_said_in_one_line_and_leaves_nothing() -> Outcome {
             spec["hooks"] = json!({"createRuntime": [{"path": "/bin/none"}]})
         }),
         (
+            "bad-spec",
+            "unable to set hostname without a private UTS namespace",
+            |spec| {
+                if let Some(namespaces) = spec["linux"]["namespaces"].as_array_mut() {
+                    namespaces.retain(|namespace| namespace["type"] != "uts");
+                }
+            },
+        ),
+        (
             "launcher",
             "failed to run create runtime hooks: hook command exited with non-zero exit code: 1",
             |spec| {
