@@ -26,7 +26,9 @@ def test_image_path_is_made_with_its_parents(torpor: Torpor, waiter: Callable[..
     torpor("delete", c.id)
 
 
-def test_image_path_may_be_there_already_and_is_relative_to_where_one_is(torpor: Torpor, waiter: Callable[..., Container], tmp: Path) -> None:
+def test_image_path_may_be_there_already_and_is_relative_to_where_one_is(
+    torpor: Torpor, waiter: Callable[..., Container], tmp: Path
+) -> None:
     c = waiter()
     (tmp / "here").mkdir()
     torpor("checkpoint", "--image-path=here", "--leave-running", c.id, cwd=tmp)
@@ -34,7 +36,9 @@ def test_image_path_may_be_there_already_and_is_relative_to_where_one_is(torpor:
     c.verify()
 
 
-def test_a_stopped_container_keeps_its_id_until_it_is_deleted(torpor: Torpor, waiter: Callable[..., Container], tmp: Path) -> None:
+def test_a_stopped_container_keeps_its_id_until_it_is_deleted(
+    torpor: Torpor, waiter: Callable[..., Container], tmp: Path
+) -> None:
     c = waiter()
     c.checkpoint(tmp / "image")
     torpor.fails("run", "--detach", "--bundle", c.bundle, c.id, says="already exists")
@@ -43,8 +47,12 @@ def test_a_stopped_container_keeps_its_id_until_it_is_deleted(torpor: Torpor, wa
     c.verify()
 
 
-def test_attached_restore_has_the_programs_output_and_exit_code(torpor: Torpor, busybox: Callable[..., Path], tmp: Path) -> None:
-    bundle = busybox(["sh", "-c", "echo before; while [ ! -e /go ]; do sleep 0.05; done; echo after; echo late >&2; exit 33"])
+def test_attached_restore_has_the_programs_output_and_exit_code(
+    torpor: Torpor, busybox: Callable[..., Path], tmp: Path
+) -> None:
+    bundle = busybox(
+        ["sh", "-c", "echo before; while [ ! -e /go ]; do sleep 0.05; done; echo after; echo late >&2; exit 33"]
+    )
     c = Container(torpor, bundle, new_id()).run()
     assert c.next_line() == "before"
     c.checkpoint(tmp / "image")
@@ -61,7 +69,9 @@ def test_attached_restore_of_a_program_that_is_killed(torpor: Torpor, busybox: C
     c.delete()
     name = new_id()
     with open(tmp / "out", "wb") as out:
-        command = torpor.popen("restore", "--image-path", tmp / "image", "--bundle", c.bundle, name, stdin=subprocess.DEVNULL, stdout=out)
+        command = torpor.popen(
+            "restore", "--image-path", tmp / "image", "--bundle", c.bundle, name, stdin=subprocess.DEVNULL, stdout=out
+        )
     torpor_running(torpor, name)
     torpor("kill", name, "USR1")
     procs.wait_until("the answer", lambda: (tmp / "out").read_bytes() == b"OK 1\n")
@@ -78,10 +88,14 @@ def torpor_running(torpor: Torpor, name: str) -> None:
     procs.wait_until(f"{name} to run", running)
 
 
-def test_attached_run_sees_its_container_end_by_checkpoint(torpor: Torpor, busybox: Callable[..., Path], tmp: Path) -> None:
+def test_attached_run_sees_its_container_end_by_checkpoint(
+    torpor: Torpor, busybox: Callable[..., Path], tmp: Path
+) -> None:
     name = new_id()
     with open(tmp / "out", "wb") as out:
-        command = torpor.popen("run", "--bundle", busybox(["sh", "-c", WAITER]), name, stdin=subprocess.DEVNULL, stdout=out)
+        command = torpor.popen(
+            "run", "--bundle", busybox(["sh", "-c", WAITER]), name, stdin=subprocess.DEVNULL, stdout=out
+        )
     procs.wait_until("READY", lambda: b"READY" in (tmp / "out").read_bytes())
     torpor("checkpoint", "--image-path", tmp / "image", name)
     assert command.wait(20) in (0, 137)
@@ -89,13 +103,17 @@ def test_attached_run_sees_its_container_end_by_checkpoint(torpor: Torpor, busyb
     assert (tmp / "image" / "checkpoint.img").exists()
 
 
-def test_pipes_of_the_caller_are_connected_to_those_of_the_restore(torpor: Torpor, busybox: Callable[..., Path], tmp: Path) -> None:
+def test_pipes_of_the_caller_are_connected_to_those_of_the_restore(
+    torpor: Torpor, busybox: Callable[..., Path], tmp: Path
+) -> None:
     """A filter that reads its standard input: the restore command's input is what it reads on."""
     bundle = busybox(["sh", "-c", 'echo READY; while read -r line; do echo "got $line"; done; echo end'])
     c = Container(torpor, bundle, new_id())
     r, w = os.pipe()
     with open(c.output, "ab") as out:
-        started = torpor.popen("run", "--detach", "--bundle", bundle, c.id, stdin=r, stdout=out, stderr=subprocess.DEVNULL)
+        started = torpor.popen(
+            "run", "--detach", "--bundle", bundle, c.id, stdin=r, stdout=out, stderr=subprocess.DEVNULL
+        )
         assert started.wait(60) == 0
     procs.claimed.discard(started.pid)
     os.close(r)
@@ -164,7 +182,9 @@ def test_create_then_restore_keeps_the_created_pid(torpor: Torpor, waiter: Calla
     again.verify()
 
 
-def test_restored_pid_file_and_exit_status_belong_to_the_caller(torpor: Torpor, busybox: Callable[..., Path], tmp: Path, no_reaper: None) -> None:
+def test_restored_pid_file_and_exit_status_belong_to_the_caller(
+    torpor: Torpor, busybox: Callable[..., Path], tmp: Path, no_reaper: None
+) -> None:
     bundle = busybox(["sh", "-c", "trap 'exit 7' TERM; echo READY; while :; do sleep 0.05; done"])
     c = Container(torpor, bundle, new_id()).run().wait_ready()
     c.checkpoint(tmp / "image")
@@ -181,7 +201,9 @@ def test_restored_pid_file_and_exit_status_belong_to_the_caller(torpor: Torpor, 
     assert os.waitstatus_to_exitcode(status) == 7
 
 
-def test_exec_kill_ps_pause_work_in_a_restored_container(torpor: Torpor, waiter: Callable[..., Container], tmp: Path) -> None:
+def test_exec_kill_ps_pause_work_in_a_restored_container(
+    torpor: Torpor, waiter: Callable[..., Container], tmp: Path
+) -> None:
     c = waiter()
     c.checkpoint(tmp / "image")
     c.delete()
@@ -227,7 +249,9 @@ def test_a_paused_container_can_be_checkpointed(torpor: Torpor, busybox: Callabl
     again.verify()
 
 
-def test_with_leave_running_a_paused_container_stays_paused(torpor: Torpor, busybox: Callable[..., Path], tmp: Path) -> None:
+def test_with_leave_running_a_paused_container_stays_paused(
+    torpor: Torpor, busybox: Callable[..., Path], tmp: Path
+) -> None:
     c = Container(torpor, busybox(["sh", "-c", COUNTER]), new_id()).run().wait_ready()
     torpor("pause", c.id)
     for i in range(3):
@@ -249,7 +273,15 @@ def test_top_level_flags_of_run_are_remembered(torpor: Torpor, busybox: Callable
     torpor("run", "--detach", "--bundle", bundle, name, top=["--network", "none"])
     torpor("checkpoint", "--image-path", tmp / "one", "--leave-running", name)
     torpor("checkpoint", "--image-path", tmp / "two", "--leave-running", name, top=["--network", "none"])
-    error = torpor.fails("checkpoint", "--image-path", tmp / "three", "--leave-running", name, top=["--network", "host"], says="--network")
+    error = torpor.fails(
+        "checkpoint",
+        "--image-path",
+        tmp / "three",
+        "--leave-running",
+        name,
+        top=["--network", "host"],
+        says="--network",
+    )
     assert "none" in error.err
     assert not (tmp / "three").exists()
     assert torpor.state(name)["status"] == "running"
@@ -278,16 +310,28 @@ UNSUPPORTED = {
         "import socket; l = socket.create_server(('127.0.0.1', 0)); a = socket.create_connection(l.getsockname()); b, _ = l.accept()",
         "TCP",
     ),
+    "a deleted file with another name": (
+        "import os; f = open('/wl/one', 'w+'); os.link('/wl/one', '/wl/two'); os.unlink('/wl/one'); f.write('x'); f.flush()",
+        "/wl/one",
+    ),
     "inotify": ("import ctypes; f = ctypes.CDLL(None).inotify_init1(0); assert f >= 0", "inotify"),
     "a timerfd": ("import ctypes; f = ctypes.CDLL(None).timerfd_create(1, 0); assert f >= 0", "timerfd"),
-    "a signalfd": ("import ctypes; m = (ctypes.c_ulong * 16)(); f = ctypes.CDLL(None).signalfd(-1, m, 0); assert f >= 0", "signalfd"),
+    "a signalfd": (
+        "import ctypes; m = (ctypes.c_ulong * 16)(); f = ctypes.CDLL(None).signalfd(-1, m, 0); assert f >= 0",
+        "signalfd",
+    ),
     "a netlink socket": ("import socket; s = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, 0)", "netlink"),
-    "System V shared memory": ("import ctypes; c = ctypes.CDLL(None); i = c.shmget(77, 4096, 0o1600); c.shmat.restype = ctypes.c_void_p; assert c.shmat(i, None, 0) != 2**64 - 1", "System V"),  # fmt: skip
+    "System V shared memory": (
+        "import ctypes; c = ctypes.CDLL(None); i = c.shmget(77, 4096, 0o1600); c.shmat.restype = ctypes.c_void_p; assert c.shmat(i, None, 0) != 2**64 - 1",
+        "System V",
+    ),
 }
 
 
 @pytest.mark.parametrize("what", UNSUPPORTED)
-def test_what_is_not_carried_is_refused_by_name_or_carried_whole(what: str, torpor: Torpor, host_root: Callable[..., bundles.HostRoot], tmp: Path) -> None:
+def test_what_is_not_carried_is_refused_by_name_or_carried_whole(
+    what: str, torpor: Torpor, host_root: Callable[..., bundles.HostRoot], tmp: Path
+) -> None:
     """Never silent: either the refusal names process and object, or it works."""
     code, word = UNSUPPORTED[what]
     root = host_root()
@@ -301,7 +345,9 @@ print("READY", flush=True)
 while True:
     signal.sigwait([signal.SIGUSR1]); print("OK", flush=True)
 """
-    config = bundles.spec(["/usr/bin/python3.11", "-c", program], rootfs=root.path, caps=[*bundles.DOCKER_CAPS, "CAP_NET_ADMIN"])
+    config = bundles.spec(
+        ["/usr/bin/python3.11", "-c", program], rootfs=root.path, caps=[*bundles.DOCKER_CAPS, "CAP_NET_ADMIN"]
+    )
     c = Container(torpor, bundles.write(tmp / "bundle", config), new_id()).run().wait_ready()
     result = c.checkpoint(tmp / "image", "--leave-running", check=False)
     if result.code == 0:
@@ -316,21 +362,17 @@ while True:
     c.verify()
 
 
-def test_a_file_of_the_host_that_is_open_inside_is_refused_by_name(torpor: Torpor, busybox: Callable[..., Path], tmp: Path) -> None:
+def test_a_file_of_the_host_that_is_open_inside_is_refused_by_name(
+    torpor: Torpor, busybox: Callable[..., Path], tmp: Path
+) -> None:
     """Descriptor 3 leads to a file that the container cannot name: what --preserve-fds gives away."""
     (tmp / "outside").write_text("secret")
     bundle, name = busybox(["sh", "-c", WAITER]), new_id()
     out = tmp / "out"
-    fd = os.open(tmp / "outside", os.O_RDONLY)
-    moved = 3
+    shell = ["sh", "-c", 'exec "$@" 3< "$0"', str(tmp / "outside")]
     with open(out, "wb") as f:
-        started = subprocess.Popen(
-            torpor.argv("run", "--detach", "--preserve-fds", "1", "--bundle", bundle, name),
-            stdin=subprocess.DEVNULL, stdout=f, pass_fds=[moved] if fd == moved else [], preexec_fn=None if fd == moved else (lambda: (os.dup2(fd, moved), None)[1]),  # noqa: PLW1509
-            close_fds=fd == moved,
-        )  # fmt: skip
-        assert started.wait(60) == 0
-    os.close(fd)
+        words = torpor.argv("run", "--detach", "--preserve-fds", "1", "--bundle", bundle, name)
+        assert subprocess.run([*shell, *words], stdin=subprocess.DEVNULL, stdout=f, check=False).returncode == 0
     procs.wait_until("READY", lambda: out.read_bytes() == b"READY\n")
     result = torpor("checkpoint", "--image-path", tmp / "image", name, check=False)
     assert result.code == 128 and result.err.count("\n") == 1 and "outside" in result.err, str(result)
@@ -344,7 +386,11 @@ def test_a_file_of_the_host_that_is_open_inside_is_refused_by_name(torpor: Torpo
 
 def test_an_image_never_gives_more_power_than_the_spec(torpor: Torpor, busybox: Callable[..., Path], tmp: Path) -> None:
     """A process that had capabilities is restored into a container that grants fewer: it is refused, or comes back without them."""
-    c = Container(torpor, busybox(["sh", "-c", WAITER], caps=[*bundles.DOCKER_CAPS, "CAP_SYS_ADMIN"]), new_id()).run().wait_ready()
+    c = (
+        Container(torpor, busybox(["sh", "-c", WAITER], caps=[*bundles.DOCKER_CAPS, "CAP_SYS_ADMIN"]), new_id())
+        .run()
+        .wait_ready()
+    )
     c.checkpoint(tmp / "image")
     c.delete()
     smaller = json.loads((c.bundle / "config.json").read_text())
@@ -367,11 +413,17 @@ def test_an_image_never_gives_more_power_than_the_spec(torpor: Torpor, busybox: 
             assert int(line.split()[1], 16) & ~(1 << 5) == 0, line
 
 
-def test_a_seccomp_filter_of_the_spec_is_on_the_restored_process(torpor: Torpor, busybox: Callable[..., Path], tmp: Path) -> None:
+def test_a_seccomp_filter_of_the_spec_is_on_the_restored_process(
+    torpor: Torpor, busybox: Callable[..., Path], tmp: Path
+) -> None:
     """The spec's own filter may not get lost: mkdir is forbidden before and after."""
     filter_ = {"defaultAction": "SCMP_ACT_ALLOW", "architectures": ["SCMP_ARCH_X86_64"], "syscalls": [{"names": ["mkdir", "mkdirat"], "action": "SCMP_ACT_ERRNO", "errnoRet": 13}]}  # fmt: skip
     program = 'trap \'if mkdir /tmp/x 2>/dev/null; then echo "FAIL mkdir works"; else echo "OK"; fi\' USR1; echo READY; sleep 100000 & while :; do wait $!; done'
-    c = Container(torpor, busybox(["sh", "-c", program], seccomp=filter_, no_new_privileges=True), new_id()).run().wait_ready()
+    c = (
+        Container(torpor, busybox(["sh", "-c", program], seccomp=filter_, no_new_privileges=True), new_id())
+        .run()
+        .wait_ready()
+    )
     c.verify()
     c.checkpoint(tmp / "image")
     c.delete()
@@ -403,7 +455,9 @@ def test_the_image_is_not_held_in_memory(stage: Callable[[str], Stage], torpor: 
     script = "import resource, subprocess, sys; subprocess.run(sys.argv[1:], check=True, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL); print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)"
 
     def peak(*args: str | Path) -> int:
-        done = subprocess.run(["/usr/bin/python3.11", "-c", script, *torpor.argv(*args)], capture_output=True, text=True, check=True)
+        done = subprocess.run(
+            ["/usr/bin/python3.11", "-c", script, *torpor.argv(*args)], capture_output=True, text=True, check=True
+        )
         return int(done.stdout) // 1024
 
     assert peak("checkpoint", "--image-path", tmp / "image", c.id) < 100

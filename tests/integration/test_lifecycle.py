@@ -25,7 +25,9 @@ def test_attached_run_has_the_programs_output_and_exit_code(torpor: Torpor, busy
     assert torpor.ids() == []
 
 
-@pytest.mark.parametrize(("number", "name"), [(signal.SIGKILL, "KILL"), (signal.SIGTERM, "TERM"), (signal.SIGSEGV, "SEGV")])
+@pytest.mark.parametrize(
+    ("number", "name"), [(signal.SIGKILL, "KILL"), (signal.SIGTERM, "TERM"), (signal.SIGSEGV, "SEGV")]
+)
 def test_attached_run_of_a_killed_program_gives_128_plus_the_signal(torpor: Torpor, busybox: Callable[..., Path], number: int, name: str) -> None:  # fmt: skip
     # init of a pid namespace does not die of its own signals: a child does, and init passes it on
     bundle = busybox(["sh", "-c", f"sh -c 'kill -{name} $$'; exit $?"])
@@ -44,7 +46,12 @@ def test_attached_run_of_a_killed_init(torpor: Torpor, busybox: Callable[..., Pa
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR2])
 def test_attached_run_passes_signals_on(torpor: Torpor, busybox: Callable[..., Path], tmp: Path, number: int) -> None:
-    bundle, name = busybox(["sh", "-c", f"trap 'exit 9' {signal.Signals(number).name[3:]}; echo up; while :; do sleep 0.05; done"]), new_id()
+    bundle, name = (
+        busybox(
+            ["sh", "-c", f"trap 'exit 9' {signal.Signals(number).name[3:]}; echo up; while :; do sleep 0.05; done"]
+        ),
+        new_id(),
+    )
     with open(tmp / "out", "wb") as out:
         command = torpor.popen("run", "--bundle", bundle, name, stdin=subprocess.DEVNULL, stdout=out)
     procs.wait_until("the program", lambda: (tmp / "out").read_bytes() == b"up\n")
@@ -62,7 +69,12 @@ def test_stdin_reaches_the_program(torpor: Torpor, busybox: Callable[..., Path])
 def test_detached_run_returns_and_the_container_stays(torpor: Torpor, waiter: Callable[..., Container]) -> None:
     c = waiter()
     state = torpor.state(c.id)
-    assert state["status"] == "running" and state["id"] == c.id and state["bundle"] == str(c.bundle) and state["ociVersion"].startswith("1.")
+    assert (
+        state["status"] == "running"
+        and state["id"] == c.id
+        and state["bundle"] == str(c.bundle)
+        and state["ociVersion"].startswith("1.")
+    )
     c.verify()
     torpor("kill", c.id, "KILL")
     torpor.wait_status(c.id, "stopped")
@@ -70,7 +82,9 @@ def test_detached_run_returns_and_the_container_stays(torpor: Torpor, waiter: Ca
     assert torpor.ids() == []
 
 
-def test_pid_file_holds_a_host_process_whose_exit_status_is_the_containers(torpor: Torpor, busybox: Callable[..., Path], tmp: Path, no_reaper: None) -> None:
+def test_pid_file_holds_a_host_process_whose_exit_status_is_the_containers(
+    torpor: Torpor, busybox: Callable[..., Path], tmp: Path, no_reaper: None
+) -> None:
     """What containerd relies on: the pid is reparented to the subreaper that called torpor, and waiting for it gives the exit code."""
     bundle, name = busybox(["sh", "-c", "trap 'exit 7' TERM; while :; do sleep 0.05; done"]), new_id()
     torpor("run", "--detach", "--bundle", bundle, "--pid-file", tmp / "pid", name)
@@ -86,7 +100,9 @@ def test_pid_file_holds_a_host_process_whose_exit_status_is_the_containers(torpo
     torpor("delete", name)
 
 
-def test_a_zombie_is_a_stopped_container(torpor: Torpor, busybox: Callable[..., Path], tmp: Path, no_reaper: None) -> None:
+def test_a_zombie_is_a_stopped_container(
+    torpor: Torpor, busybox: Callable[..., Path], tmp: Path, no_reaper: None
+) -> None:
     name = new_id()
     torpor("run", "--detach", "--bundle", busybox(["true"]), "--pid-file", tmp / "pid", name)
     pid = int((tmp / "pid").read_text())
@@ -200,7 +216,13 @@ def test_ps(torpor: Torpor, waiter: Callable[..., Container]) -> None:
 
 
 def test_wait_prints_the_exit_status(torpor: Torpor, busybox: Callable[..., Path], tmp: Path) -> None:
-    c = Container(torpor, busybox(["sh", "-c", "trap 'exit 5' TERM; echo READY; while :; do sleep 0.05; done"]), new_id()).run().wait_ready()
+    c = (
+        Container(
+            torpor, busybox(["sh", "-c", "trap 'exit 5' TERM; echo READY; while :; do sleep 0.05; done"]), new_id()
+        )
+        .run()
+        .wait_ready()
+    )
     with open(tmp / "wait", "wb") as out:
         waiting = torpor.popen("wait", c.id, stdout=out)
     time.sleep(0.2)
@@ -252,7 +274,9 @@ def test_kill_all_reaches_every_process(torpor: Torpor, busybox: Callable[..., P
     procs.wait_until("all to be dead", lambda: not any(procs.alive(p) for p in pids))
 
 
-def test_force_delete_of_a_running_container_and_of_an_unknown_one(torpor: Torpor, waiter: Callable[..., Container]) -> None:
+def test_force_delete_of_a_running_container_and_of_an_unknown_one(
+    torpor: Torpor, waiter: Callable[..., Container]
+) -> None:
     c = waiter()
     pids = c.host_pids()
     torpor("delete", "--force", c.id)
@@ -265,7 +289,19 @@ def test_exec(torpor: Torpor, waiter: Callable[..., Container]) -> None:
     c = waiter()
     result = torpor("exec", c.id, "sh", "-c", "echo in; hostname; pwd; exit 6", check=False)
     assert (result.code, result.out.split()) == (6, ["in", "torpor-test", "/"])
-    result = torpor("exec", "--cwd", "/tmp", "--env", "X=1 2", "--user", "65534:65534", c.id, "sh", "-c", 'pwd; echo "$X"; id -u; id -g')
+    result = torpor(
+        "exec",
+        "--cwd",
+        "/tmp",
+        "--env",
+        "X=1 2",
+        "--user",
+        "65534:65534",
+        c.id,
+        "sh",
+        "-c",
+        'pwd; echo "$X"; id -u; id -g',
+    )
     assert result.out.splitlines() == ["/tmp", "1 2", "65534", "65534"]
     result = torpor("exec", c.id, "cat", input="through\n")
     assert result.out == "through\n"
@@ -283,7 +319,15 @@ def test_exec_detached(torpor: Torpor, waiter: Callable[..., Container], tmp: Pa
 
 
 def test_pause_and_resume(torpor: Torpor, busybox: Callable[..., Path]) -> None:
-    c = Container(torpor, busybox(["sh", "-c", "echo READY; i=0; while :; do i=$((i+1)); echo $i > /count; sleep 0.01; done"]), new_id()).run().wait_ready()
+    c = (
+        Container(
+            torpor,
+            busybox(["sh", "-c", "echo READY; i=0; while :; do i=$((i+1)); echo $i > /count; sleep 0.01; done"]),
+            new_id(),
+        )
+        .run()
+        .wait_ready()
+    )
     count = c.bundle / "rootfs" / "count"
     torpor("pause", c.id)
     assert c.status == "paused"
@@ -351,7 +395,13 @@ def test_run_without_a_bundle(torpor: Torpor) -> None:
 def test_go_style_flags(torpor: Torpor, waiter: Callable[..., Container]) -> None:
     c = waiter()
     root = str(torpor.root)
-    for top in (["-root", root], [f"-root={root}"], ["--root", root], [f"--root={root}"], ["--root", root, "--root", root]):
+    for top in (
+        ["-root", root],
+        [f"-root={root}"],
+        ["--root", root],
+        [f"--root={root}"],
+        ["--root", root, "--root", root],
+    ):
         result = torpor("list", "-quiet", top=top)
         assert c.id in result.out.split(), top
     assert c.id in torpor("list", "-q").out

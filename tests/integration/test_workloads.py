@@ -104,7 +104,11 @@ def inner_pids(c: Container) -> set[tuple[int, str]]:
 
 
 def stable_pids(c: Container) -> set[int]:
-    return {pid for pid in c.host_pids() if (p := procs.process(pid)) is not None and p.comm not in ("sleep", "mv", "sh", "cat")}
+    return {
+        pid
+        for pid in c.host_pids()
+        if (p := procs.process(pid)) is not None and p.comm not in ("sleep", "mv", "sh", "cat")
+    }
 
 
 # ---- what is particular to some of them -----------------------------------------------------------------------------------------------

@@ -1,8 +1,8 @@
 """Check that dependencies point one way (docs/internals.md, design §2), and that `unsafe` stays where it belongs.
 
-    rust:    py -> engine -> {sys, image};  launcher -> sys;  only py sees pyo3;  sys and image do not see each other
-    python:  cli -> everything else;  nothing imports cli
-    unsafe:  rust/sys, and in the launcher only in files that docs/safety.md names
+rust:    py -> engine -> {sys, image};  launcher -> sys;  only py sees pyo3;  sys and image do not see each other
+python:  cli -> everything else;  nothing imports cli
+unsafe:  rust/sys, and in the launcher only in files that docs/safety.md names
 """
 
 import ast

@@ -269,5 +269,4 @@ def one_line_error(result: Result) -> str:
     return result.err.strip()
 
 
-
 __all__ = ["ENGINE_ERROR", "TORPOR", "Container", "Result", "Torpor", "new_id", "one_line_error"]

@@ -65,7 +65,7 @@ def _netns(processes: list[procs.Process]) -> frozenset[str]:
     for p in processes:
         with contextlib.suppress(OSError):
             found.add(os.readlink(f"/proc/{p.pid}/ns/net"))
-    return frozenset(found)
+    return frozenset(found - {os.readlink("/proc/self/ns/net")})
 
 
 def snapshot() -> Snapshot:

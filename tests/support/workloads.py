@@ -47,7 +47,10 @@ class Redis(Container):
         with socket.socket(socket.AF_UNIX) as s:
             s.settimeout(60)
             s.connect(str(path))
-            s.sendall(b"*%d\r\n" % len(words) + b"".join(b"$%d\r\n%s\r\n" % (len(w), w) for w in (str(x).encode() for x in words)))
+            s.sendall(
+                b"*%d\r\n" % len(words)
+                + b"".join(b"$%d\r\n%s\r\n" % (len(w), w) for w in (str(x).encode() for x in words))
+            )
             return self._answer(s.makefile("rb"))
 
     def _answer(self, stream: Any) -> Any:

@@ -76,7 +76,7 @@ static void *compute(void *argument) {
 
 static void *clocks(void *argument) {
     (void)argument;
-    double last = wl_now(CLOCK_MONOTONIC), last_boot = wl_now(CLOCK_BOOTTIME), last_cpu = wl_now(CLOCK_THREAD_CPUTIME_ID);
+    double last = wl_now(CLOCK_MONOTONIC), last_boot = wl_now(CLOCK_BOOTTIME);
     for (;;) {
         for (int i = 0; i < 1000; i++) {
             double now = wl_now(CLOCK_MONOTONIC);
@@ -87,9 +87,8 @@ static void *clocks(void *argument) {
         double now = wl_now(CLOCK_BOOTTIME);
         if (now < last_boot) backwards++;
         last_boot = now;
-        now = wl_now(CLOCK_THREAD_CPUTIME_ID);
-        if (now < last_cpu) backwards++;
-        last_cpu = now;
+        /* CLOCK_THREAD_CPUTIME_ID belongs to the kernel's thread, which is another one after a restore */
+        (void)wl_now(CLOCK_THREAD_CPUTIME_ID);
         clock_calls += 1000;
     }
     return NULL;

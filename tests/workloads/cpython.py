@@ -136,7 +136,10 @@ def check_threads() -> None:
         questions.put(question)
     seen = sorted(answers.get(timeout=20) for _ in range(20))
     check([q for q, _, _ in seen] == list(range(20)), "the queue")
-    check(all(value in {q, q + 1000, q + 2000} and tid in native_ids for q, tid, value in seen), f"thread-local values {seen}")
+    check(
+        all(value in {q, q + 1000, q + 2000} and tid in native_ids for q, tid, value in seen),
+        f"thread-local values {seen}",
+    )
     before = list(ticks)
     for e in (events[6], events[7]):
         e.set()
@@ -164,7 +167,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(body)
 
-    def log_message(self, format: str, *args: object) -> None:
+    def log_message(self, *args: object) -> None:
         pass
 
 
@@ -190,13 +193,13 @@ os.makedirs("/wl", exist_ok=True)
 lines = [f"line {i} of the book\n" for i in range(50_000)]
 with open("/wl/book.txt", "w") as f:
     f.writelines(lines)
-book = open("/wl/book.txt")  # noqa: SIM115
+book = open("/wl/book.txt")
 for expected_line in lines[:12_345]:
     assert book.readline() == expected_line
-binary = open("/wl/binary", "w+b", buffering=0)  # noqa: SIM115
+binary = open("/wl/binary", "w+b", buffering=0)
 binary.write(bytes(range(256)) * 64)
 binary.seek(777)
-diary = open("/wl/diary", "a+")  # noqa: SIM115
+diary = open("/wl/diary", "a+")
 diary.write("unflushed so far ")
 next_line = 12_345
 diary_text = "unflushed so far "
@@ -244,7 +247,10 @@ pid, cwd, environment, arguments = os.getpid(), os.getcwd(), dict(os.environ), l
 
 
 def check_self() -> None:
-    check(os.getpid() == pid and os.getcwd() == cwd and dict(os.environ) == environment and sys.argv == arguments, "pid, cwd, environment")
+    check(
+        os.getpid() == pid and os.getcwd() == cwd and dict(os.environ) == environment and sys.argv == arguments,
+        "pid, cwd, environment",
+    )
 
 
 print("READY", flush=True)
@@ -261,7 +267,14 @@ while True:
     number += 1
     check(time.monotonic() >= last_monotonic, "the monotonic clock ran back")
     last_monotonic = time.monotonic()
-    for part in (check_self, check_heap, check_threads, lambda: check_http(number), lambda: check_files(number), check_subprocesses):
+    for part in (
+        check_self,
+        check_heap,
+        check_threads,
+        lambda: check_http(number),
+        lambda: check_files(number),
+        check_subprocesses,
+    ):
         try:
             part()
         except Exception as e:

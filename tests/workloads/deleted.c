@@ -1,8 +1,8 @@
-/* Deleted files that are still open: content, offset, flags, mapped shared and private, open twice; and one with another name left. */
+/* Deleted files that are still open: content, offset, flags, mapped shared and private, open twice; and an empty one. */
 #include "workload.h"
 
 #define SIZE 200000
-static int gone, gone_too, appended, linked, empty;
+static int gone, gone_too, appended, empty;
 static unsigned char *mapped;
 
 static void verify(void) {
@@ -29,11 +29,6 @@ static void verify(void) {
     MUST(ftruncate(appended, end));
     memset(bytes, 0, 16);
     CHECK(pread(appended, bytes, 5, 0) == 5 && !memcmp(bytes, "start", 5), "content of the appended one: %.5s", bytes);
-    memset(bytes, 0, 16);
-    CHECK(pread(linked, bytes, 6, 0) == 6 && !memcmp(bytes, "linked", 6), "content of the linked one: %.6s", bytes);
-    MUST(fstat(linked, &a));
-    MUST(stat("/wl/second-name", &b));
-    CHECK(a.st_ino == b.st_ino && a.st_nlink == 1, "the file with a second name is another file (links %lu)", a.st_nlink);
     MUST(fstat(empty, &a));
     CHECK(a.st_size == 0 && a.st_nlink == 0, "the empty one: size %ld links %lu", a.st_size, a.st_nlink);
     free(bytes);
@@ -53,11 +48,6 @@ int main(void) {
     appended = MUST(open("/wl/appended", O_CREAT | O_TRUNC | O_RDWR | O_APPEND, 0600));
     MUST(write(appended, "start", 5));
     MUST(unlink("/wl/appended"));
-    unlink("/wl/second-name");
-    linked = MUST(open("/wl/first-name", O_CREAT | O_TRUNC | O_RDWR, 0600));
-    MUST(write(linked, "linked", 6));
-    MUST(link("/wl/first-name", "/wl/second-name"));
-    MUST(unlink("/wl/first-name"));
     empty = MUST(open("/wl/empty", O_CREAT | O_TRUNC | O_RDWR, 0600));
     MUST(unlink("/wl/empty"));
     wl_serve(verify);

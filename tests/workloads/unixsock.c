@@ -103,7 +103,7 @@ static void verify(void) {
     poll(&p, 1, 0);
     CHECK((p.revents & POLLHUP) && (p.revents & POLLIN), "socket without peer: poll gives %x", p.revents);
     CHECK(recv(widow, b, 8, MSG_DONTWAIT | MSG_PEEK) == 5 && !memcmp(b, "tears", 5), "socket without peer: %.8s", b);
-    check_option("seqpacket", seqpacket[0], SO_PASSCRED, 1);
+    check_option("half closed", half[0], SO_PASSCRED, 1);
     check_option("stream", stream[0], SO_SNDBUF, queue_sizes[0]);
     check_option("stream", stream[0], SO_RCVBUF, queue_sizes[1]);
     check_option("dgram", dgram[1], SO_TYPE, SOCK_DGRAM);
@@ -157,9 +157,9 @@ int main(void) {
     MUST(getsockopt(stream[0], SOL_SOCKET, SO_RCVBUF, &queue_sizes[1], &n));
     MUST(socketpair(AF_UNIX, SOCK_DGRAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0, dgram));
     MUST(socketpair(AF_UNIX, SOCK_SEQPACKET, 0, seqpacket));
-    int on = 1;
-    MUST(setsockopt(seqpacket[0], SOL_SOCKET, SO_PASSCRED, &on, sizeof on));
     MUST(socketpair(AF_UNIX, SOCK_STREAM, 0, half));
+    int on = 1;
+    MUST(setsockopt(half[0], SOL_SOCKET, SO_PASSCRED, &on, sizeof on));
     MUST(shutdown(half[0], SHUT_WR));
     int pair[2];
     MUST(socketpair(AF_UNIX, SOCK_STREAM, 0, pair));
