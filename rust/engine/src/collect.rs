@@ -8,7 +8,7 @@ use std::collections::BTreeMap;
 use torpor_image::BlobRef;
 use torpor_sys::mem::Memory;
 use torpor_sys::proc::{self, Stat, Status, Vma};
-use torpor_sys::ptrace::{self, Regs, Rseq};
+use torpor_sys::ptrace::{self, Rseq};
 use torpor_sys::remote::visit::Host;
 use torpor_sys::remote::{Batch, Visit};
 use torpor_sys::{Pid, kcmp};
@@ -214,7 +214,7 @@ struct Before {
     tid: Pid,
     status: Status,
     rseq: Option<Rseq>,
-    regs: Regs,
+    cpu: cpu::Settled,
 }
 
 /// A thread's questions.
@@ -282,8 +282,8 @@ impl<'f> Subject<'f> {
             let status = proc::status(tid).about(tid, "status")?;
             let rseq = ptrace::rseq(tid).about(tid, "rseq")?;
             let signalled = (status.sig_pending | status.shared_pending) & !status.sig_blocked & status.sig_caught;
-            let regs = cpu::settle(tid, &self.memory, rseq, signalled != 0)?;
-            Ok(Before { tid, status, rseq, regs })
+            let cpu = cpu::settle(tid, &self.memory, rseq, signalled != 0)?;
+            Ok(Before { tid, status, rseq, cpu })
         };
         self.frozen.threads.iter().map(of_thread).collect()
     }
@@ -315,7 +315,7 @@ impl<'f> Subject<'f> {
             let stopped = ctx.frozen.is_stopped(thread.tid);
             threads.push(Thread {
                 tid: inner,
-                cpu: cpu::collect(&thread.regs, (ctx.blob)(&xstate)?),
+                cpu: cpu::collect(&thread.cpu, (ctx.blob)(&xstate)?),
                 signals: signals::answer_thread(thread.tid, asked.stack, &results, stopped)?,
                 creds: creds::answer(&thread.status, ctx.maps, asked.creds, &results),
                 seccomp: seccomp::collect(thread.tid, &thread.status, ctx.filters)?,

@@ -178,7 +178,7 @@ impl Frozen {
                     return Ok(());
                 }
                 // A signal on its way: let it go on its way, the stop comes next.
-                Event::Stopped { signal, event: 0 } => ptrace::cont(tid, signal).about(tid, "thread")?,
+                Event::Stopped { signal, event: 0 } => ptrace::interrupt_again(tid, signal).about(tid, "thread")?,
                 Event::Stopped { .. } => self.follow(tid)?,
                 Event::Exited(_) | Event::Killed(_) => {
                     self.seized.remove(&tid);
@@ -195,7 +195,7 @@ impl Frozen {
         if let Ok(status) = proc::status(child) {
             self.seized.insert(child, status.tgid);
         }
-        ptrace::cont(tid, 0).about(tid, "thread")
+        ptrace::interrupt_again(tid, 0).about(tid, "thread")
     }
 
     fn note(&mut self, tid: Pid) {

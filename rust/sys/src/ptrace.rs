@@ -66,6 +66,13 @@ pub fn cont(tid: Pid, signal: i32) -> Result<()> {
     request("PTRACE_CONT", libc::PTRACE_CONT, tid, 0, signal as usize).map(drop)
 }
 
+/// Lets a task that was interrupted but stopped for another reason run on to the stop that was asked for. It has
+/// to be asked for again: every stop takes back the request (kernel/signal.c, ptrace_stop).
+pub fn interrupt_again(tid: Pid, signal: i32) -> Result<()> {
+    interrupt(tid)?;
+    cont(tid, signal)
+}
+
 /// As [`cont`], but stops again at the next entry to or exit from a system call.
 pub fn cont_to_syscall(tid: Pid, signal: i32) -> Result<()> {
     request("PTRACE_SYSCALL", libc::PTRACE_SYSCALL, tid, 0, signal as usize).map(drop)

@@ -202,8 +202,8 @@ fn wait_stop(tid: Pid) -> Result<()> {
     loop {
         match wait::until(tid, LIMIT).about(tid, "init")? {
             Event::Stopped { event: ptrace::EVENT_STOP, .. } => return Ok(()),
-            Event::Stopped { signal, event: 0 } => ptrace::cont(tid, signal).about(tid, "init")?,
-            Event::Stopped { .. } => ptrace::cont(tid, 0).about(tid, "init")?,
+            Event::Stopped { signal, event: 0 } => ptrace::interrupt_again(tid, signal).about(tid, "init")?,
+            Event::Stopped { .. } => ptrace::interrupt_again(tid, 0).about(tid, "init")?,
             Event::Continued => {}
             Event::Exited(_) | Event::Killed(_) => {
                 let how = "before it could be restored into".into();

@@ -1,10 +1,13 @@
 //! Registers of a thread, and what becomes of the system call it was in.
 
+use std::time::{Duration, Instant};
+
 use serde::{Deserialize, Serialize};
 use torpor_image::BlobRef;
-use torpor_sys::Pid;
 use torpor_sys::mem::Memory;
 use torpor_sys::ptrace::{self, Regs, Rseq};
+use torpor_sys::wait::{self, Event};
+use torpor_sys::Pid;
 
 use crate::error::{About, Error, Result};
 
@@ -15,8 +18,23 @@ pub struct State {
     pub regs: Vec<u64>,
     /// XSAVE area.
     pub xstate: BlobRef,
+    /// The call that restart_syscall(2) stands for, when the thread is in that.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub restarts: Option<u64>,
 }
 
+/// A thread's registers before anything is run in it.
+#[derive(Debug, Clone, Copy)]
+pub struct Settled {
+    /// As they must be when it goes on.
+    pub regs: Regs,
+    /// See [`State::restarts`].
+    pub restarts: Option<u64>,
+}
+
+const ERESTART_RESTARTBLOCK: i64 = 516;
+
+const LIMIT: Duration = Duration::from_secs(10);
 const COUNT: usize = 27;
 const RAX: usize = 10;
 const RIP: usize = 16;
@@ -49,7 +67,7 @@ fn from_words(w: &[u64]) -> Option<Regs> {
 ///
 /// A task that was in an rseq critical section must not go on inside it: it was preempted, and code that we run
 /// clears the kernel's note of that. So its next instruction becomes the abort handler (rseq(2)).
-pub fn settle(tid: Pid, memory: &Memory, rseq: Option<Rseq>, signalled: bool) -> Result<Regs> {
+pub fn settle(tid: Pid, memory: &Memory, rseq: Option<Rseq>, signalled: bool) -> Result<Settled> {
     let mut regs = ptrace::regs(tid).about(tid, "registers")?;
     if regs.cs != 0x33 {
         return Err(Error::unsupported(tid, "32-bit code", "only 64-bit programs are carried", ""));
@@ -64,7 +82,57 @@ pub fn settle(tid: Pid, memory: &Memory, rseq: Option<Rseq>, signalled: bool) ->
         regs.orig_rax = u64::MAX;
         ptrace::set_regs(tid, &regs).about(tid, "registers")?;
     }
-    Ok(regs)
+    let in_restart = regs.orig_rax == libc_nr::RESTART_SYSCALL && regs.rax as i64 == -ERESTART_RESTARTBLOCK;
+    let restarts = if in_restart { Some(original_call(tid, &regs)?) } else { None };
+    Ok(Settled { regs, restarts })
+}
+
+/// Which call a thread is in that was interrupted before: its registers only tell restart_syscall(2). It is let
+/// into the kernel once more, where the function that it sleeps in tells, and stopped again. Nothing else of it
+/// runs: it would stop at the end of the call.
+fn original_call(tid: Pid, regs: &Regs) -> Result<u64> {
+    ptrace::cont_to_syscall(tid, 0).about(tid, "thread")?;
+    wait::until(tid, LIMIT).about(tid, "thread")?;
+    ptrace::cont_to_syscall(tid, 0).about(tid, "thread")?;
+    let call = sleeping_call(tid, regs);
+    ptrace::interrupt(tid).about(tid, "thread")?;
+    loop {
+        match wait::until(tid, LIMIT).about(tid, "thread")? {
+            Event::Stopped { event: ptrace::EVENT_STOP, .. } => break,
+            Event::Stopped { .. } => ptrace::interrupt_again(tid, 0).about(tid, "thread")?,
+            other => {
+                let how = format!("{other:?}");
+                return Err(torpor_sys::Error::Died { pid: tid, how }).about(tid, "thread");
+            }
+        }
+    }
+    call.ok_or_else(|| {
+        let why = "it is in a call that was interrupted before and cannot be told";
+        Error::unsupported(tid, "system call", why, "try again")
+    })
+}
+
+/// The call that a thread sleeps in, by the kernel functions on its stack: of those that restart_syscall(2)
+/// stands for. The sleeping functions themselves are not shown, so a plain sleep shows nothing.
+fn sleeping_call(tid: Pid, regs: &Regs) -> Option<u64> {
+    // nanosleep(2) begins with a pointer, clock_nanosleep(2) with the number of a clock.
+    let sleep = if regs.rdi < 4096 { 230 } else { 35 };
+    let known = [("trace", None), ("futex", Some(202)), ("poll", Some(7)), ("nsleep", Some(230)), ("nanosleep", Some(sleep))];
+    let end = Instant::now() + Duration::from_millis(100);
+    while Instant::now() < end {
+        let path = |name: &str| format!("/proc/{tid}/{name}");
+        let stack = std::fs::read_to_string(path("stack")).unwrap_or_default();
+        let call = std::fs::read_to_string(path("syscall")).unwrap_or_default();
+        let in_restart = call.split(' ').next().is_some_and(|nr| nr == libc_nr::RESTART_SYSCALL.to_string());
+        if in_restart && stack.contains("syscall") {
+            let found = known.iter().find(|(name, _)| stack.contains(name));
+            if let Some(nr) = found.map_or(Some(sleep), |(_, nr)| *nr) {
+                return Some(nr);
+            }
+        }
+        std::thread::yield_now();
+    }
+    None
 }
 
 /// `struct rseq` has its `rseq_cs` pointer at offset 8; `struct rseq_cs` is {version u32, flags u32, start_ip,
@@ -98,6 +166,7 @@ fn unnoticed_restart(regs: &Regs) -> Option<u64> {
 }
 
 mod libc_nr {
+    pub const RESTART_SYSCALL: u64 = 219;
     pub const MSGSND: i64 = 69;
     pub const MSGRCV: i64 = 70;
     pub const SEMOP: i64 = 65;
@@ -111,17 +180,16 @@ mod libc_nr {
 }
 
 /// The registers as numbers.
-pub fn collect(regs: &Regs, xstate: BlobRef) -> State {
-    State { regs: to_words(regs), xstate }
+pub fn collect(settled: &Settled, xstate: BlobRef) -> State {
+    State { regs: to_words(&settled.regs), xstate, restarts: settled.restarts }
 }
 
 /// Gives a thread its registers. A relative wait that the kernel held the end of is begun again, since the
 /// restart block does not survive (restart_syscall(2)).
 pub fn rebuild(tid: Pid, state: &State, xstate: &[u8]) -> Result<()> {
-    const ERESTART_RESTARTBLOCK: i64 = 516;
     let mut words = state.regs.clone();
     if words.len() == COUNT && words[RAX] as i64 == -ERESTART_RESTARTBLOCK && words[ORIG_RAX] as i64 >= 0 {
-        words[RAX] = words[ORIG_RAX];
+        words[RAX] = state.restarts.unwrap_or(words[ORIG_RAX]);
         words[ORIG_RAX] = u64::MAX;
         words[RIP] -= 2;
     }

@@ -59,16 +59,38 @@ pub fn collect(pid: Pid, number: i32, info: &FdInfo, has: impl Fn(i32, u64) -> b
 }
 
 /// Watches again what was watched, in a process that has everything at its place.
+///
+/// A one-shot watch that has fired has nothing left but its private bits, which cannot be asked for: so it is made
+/// to fire again, alone, before there are others. That needs its file to be ready for something.
 pub fn rebuild(batch: &mut Batch, epoll: i32, state: &State) {
-    // The kernel lists the newest first in no promised order; the order is not visible to programs.
-    for watch in &state.watches {
-        let mut event = watch.events.to_le_bytes().to_vec();
-        event.extend_from_slice(&watch.data.to_le_bytes());
-        let event = batch.data(&event);
-        let add = libc::EPOLL_CTL_ADD;
-        let what = format!("epoll_ctl: fd {epoll} watching fd {}", watch.fd);
-        batch.must(what, libc::SYS_epoll_ctl, [epoll.into(), add.into(), watch.fd.into(), event.into()]);
+    const READY: u32 = (libc::EPOLLIN | libc::EPOLLOUT | libc::EPOLLPRI | libc::EPOLLRDHUP) as u32;
+    let (fired, waiting): (Vec<&Watch>, Vec<&Watch>) = state.watches.iter().partition(|w| w.has_fired());
+    for watch in fired {
+        control(batch, epoll, libc::EPOLL_CTL_ADD, watch, watch.events | READY);
+        let room = batch.room(12);
+        let args = [epoll.into(), room.into(), 1.into(), 0.into()];
+        batch.may("epoll_wait", libc::SYS_epoll_wait, args);
     }
+    // The kernel lists the newest first in no promised order; the order is not visible to programs.
+    for watch in waiting {
+        control(batch, epoll, libc::EPOLL_CTL_ADD, watch, watch.events);
+    }
+}
+
+impl Watch {
+    /// The kernel adds EPOLLERR and EPOLLHUP to every watch, and takes all but private bits from a fired one.
+    fn has_fired(&self) -> bool {
+        let always = (libc::EPOLLERR | libc::EPOLLHUP) as u32;
+        self.events & libc::EPOLLONESHOT as u32 != 0 && self.events & always == 0
+    }
+}
+
+fn control(batch: &mut Batch, epoll: i32, operation: i32, watch: &Watch, events: u32) {
+    let mut event = events.to_le_bytes().to_vec();
+    event.extend_from_slice(&watch.data.to_le_bytes());
+    let event = batch.data(&event);
+    let what = format!("epoll_ctl: fd {epoll} watching fd {}", watch.fd);
+    batch.must(what, libc::SYS_epoll_ctl, [epoll.into(), operation.into(), watch.fd.into(), event.into()]);
 }
 
 #[cfg(test)]

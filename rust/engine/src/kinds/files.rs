@@ -32,12 +32,13 @@ pub struct Description {
     /// File position.
     pub pos: i64,
     /// What is open.
+    #[serde(flatten)]
     pub object: Object,
 }
 
 /// What a description is open on.
 #[derive(Debug, Serialize, Deserialize)]
-#[serde(tag = "kind", rename_all = "kebab-case")]
+#[serde(tag = "object", rename_all = "kebab-case")]
 pub enum Object {
     /// Leads out of the container: standard input, output or error of whoever started it.
     Stdio {
