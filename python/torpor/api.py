@@ -6,9 +6,8 @@ interpreter, so in asyncio use `await asyncio.to_thread(container.wait)`.
 
 A container on the host's files, without a bundle:
 
->>> import os, torpor
->>> null = os.open(os.devnull, os.O_RDWR)
->>> with torpor.run(["sh", "-c", "exit 3"], stdin=null, stdout=null, stderr=null) as container:
+>>> import torpor
+>>> with torpor.run(["sh", "-c", "exit 3"]) as container:
 ...     container.wait()
 3
 """
@@ -89,8 +88,8 @@ def make(
 
     Args:
         bundle: directory with config.json; the current one when neither it nor `args` is given.
-        args, env, cwd, volumes: for a container on the host's files. `env` is the whole environment; None means our
-        own. stdin, stdout, stderr: descriptors or files for the program; None means our own.
+        args, env, cwd, volumes: for a container on the host's files. `env` is the whole environment; None is our own.
+        stdin, stdout, stderr: files, descriptors or subprocess.DEVNULL for the program; None is our own.
         console_socket: where the terminal is sent to, for a container that has one.
         root: directory for the state of containers.
         network: `host` shares the host's network with a container on the host's files; `none` gives an empty one to

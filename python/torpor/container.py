@@ -158,7 +158,7 @@ class Container:
     ) -> Process:
         """Start another program in the container.
 
-        `stdin`, `stdout` and `stderr` are file descriptors or files; None means our own.
+        `stdin`, `stdout` and `stderr` are files, descriptors or subprocess.DEVNULL; None means our own.
 
         Raises:
             StateError: `not-found`, or `bad-state` when it does not run.
@@ -313,7 +313,8 @@ class Container:
                 raise
             log.debug(f"checkpoint of {self.id}: {report}")
             if not leave_running:
-                state.status = "stopped"
+                # The engine ends it with status 0: to sleep is no failure (runsc does the same).
+                state.status, state.exit_status = "stopped", 0
                 home.write(state)
                 self._state = state
         return Checkpoint(image_path, report)
@@ -481,6 +482,9 @@ def stdio_of(stdin: object, stdout: object, stderr: object) -> Stdio | None:
         number if stream is None else stream if isinstance(stream, int) else stream.fileno()  # type: ignore[attr-defined]
         for number, stream in enumerate(streams)
     ]
+    for fd in fds:
+        if fd < 0 and fd != launcher.DEVNULL:
+            raise UsageError("stdin, stdout and stderr take a file, a descriptor or subprocess.DEVNULL")
     return fds[0], fds[1], fds[2]
 
 

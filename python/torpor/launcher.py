@@ -28,6 +28,8 @@ _memfd_lock = _thread.allocate_lock()
 _ALL_SEALS = fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE
 _FIRST_PRIVATE_FD = 32
 
+DEVNULL = -3  # as subprocess.DEVNULL
+
 
 def path() -> str:
     """Where the launcher is installed."""
@@ -131,7 +133,8 @@ def _spawn(argv: list[str], stdio: Stdio | None, report_fd: int | None) -> Child
     try:
         if stdio is not None:
             # Copied out of the way first: one of them may itself be 0, 1 or 2.
-            copies = [fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, _FIRST_PRIVATE_FD) for fd in stdio]
+            for fd in stdio:
+                copies.append(_private_copy(fd))
             actions = [(os.POSIX_SPAWN_DUP2, fd, number) for number, fd in enumerate(copies)]
         if report_fd is not None:
             # dup2 onto itself is how posix_spawn clears close-on-exec
@@ -154,6 +157,16 @@ def _spawn(argv: list[str], stdio: Stdio | None, report_fd: int | None) -> Child
     finally:
         for fd in copies:
             os.close(fd)
+
+
+def _private_copy(fd: int) -> int:
+    if fd != DEVNULL:
+        return fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, _FIRST_PRIVATE_FD)
+    null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
+    try:
+        return fcntl.fcntl(null, fcntl.F_DUPFD_CLOEXEC, _FIRST_PRIVATE_FD)
+    finally:
+        os.close(null)
 
 
 def _sealed_image() -> int:

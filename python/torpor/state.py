@@ -6,6 +6,7 @@ so a container that ended by itself is `stopped` for everyone without a daemon h
 
 from __future__ import annotations
 
+import _thread
 import fcntl
 import json
 import os
@@ -16,6 +17,7 @@ from .log import rfc3339
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from types import TracebackType
     from typing import Any
 
@@ -197,13 +199,17 @@ def ids(root: str) -> list[str]:
 
 
 class Home:
-    """The directory of one container, and the lock in it. Use as a context manager to hold the lock."""
+    """The directory of one container, and the lock in it.
 
-    __slots__ = ("_depth", "_lock", "id", "path")
+    As a context manager it holds the lock, against other processes and against other threads that use the same object.
+    """
+
+    __slots__ = ("_depth", "_lock", "_thread", "id", "path")
 
     def __init__(self, root: str, container_id: str) -> None:
         self.id = container_id
         self.path = os.path.join(root, container_id)
+        self._thread = _thread.RLock()
         self._lock = -1
         self._depth = 0
 
@@ -242,39 +248,57 @@ class Home:
             StateError: `exists`.
         """
         os.makedirs(os.path.dirname(self.path), mode=0o711, exist_ok=True)
+        self._acquire(self._claim)
+
+    def _claim(self) -> None:
         while True:
             try:
                 os.mkdir(self.path, 0o700)
             except FileExistsError:
                 # A torpor killed between mkdir and its first state left an empty claim: that is nobody's.
-                if self.read() is not None or not self._try_lock():
-                    raise StateError(
-                        f"container with id {self.id!r} already exists: choose another id or delete it", code="exists"
-                    ) from None
-                if self.read() is None:
-                    return
-                self.release()
-                continue
+                if self.read() is None and self._try_lock():
+                    if self.read() is None:
+                        return
+                    self._unlock()
+                raise StateError(
+                    f"container with id {self.id!r} already exists: choose another id or delete it", code="exists"
+                ) from None
             if self._try_lock():
                 return
 
     def __enter__(self) -> Home:
-        if self._depth == 0 and self._lock < 0 and not self._try_lock(wait=True):
-            raise not_found(self.id)
-        self._depth += 1
+        self._acquire(self._wait_for_lock)
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, e: BaseException | None, tb: TracebackType | None) -> None:
+    def _wait_for_lock(self) -> None:
+        if self._depth == 0 and not self._try_lock(wait=True):
+            raise not_found(self.id)
+
+    def _acquire(self, how: Callable[[], None]) -> None:
+        self._thread.acquire()
+        try:
+            how()
+        except BaseException:
+            self._thread.release()
+            raise
+        self._depth += 1
+
+    def release(self) -> None:
+        """Let go of the lock."""
         self._depth -= 1
         if self._depth == 0:
-            self.release()
+            self._unlock()
+        self._thread.release()
+
+    def __exit__(self, kind: type[BaseException] | None, e: BaseException | None, tb: TracebackType | None) -> None:
+        self.release()
 
     def is_busy(self) -> bool:
-        """Whether some torpor process holds the lock right now."""
-        if self._lock >= 0:
+        """Whether some torpor is at work on it right now."""
+        if self._depth:
             return True
         if self._try_lock():
-            self.release()
+            self._unlock()
             return False
         return os.path.isdir(self.path)
 
@@ -299,11 +323,9 @@ class Home:
                 raise
             os.close(fd)
 
-    def release(self) -> None:
-        """Let go of the lock."""
-        if self._lock >= 0:
-            os.close(self._lock)
-            self._lock = -1
+    def _unlock(self) -> None:
+        os.close(self._lock)
+        self._lock = -1
 
 
 def _same_file(fd: int, path: str) -> bool:

@@ -212,6 +212,7 @@ def test_only_one_of_many_gets_the_claim(tmp_path: Path) -> None:
             home = Home(str(tmp_path), "c")
             home.make()
             home.write(State(id="c"))
+            home.release()
             winners.append(home)
         except StateError:
             pass
@@ -222,7 +223,6 @@ def test_only_one_of_many_gets_the_claim(tmp_path: Path) -> None:
     for thread in threads:
         thread.join()
     assert len(winners) == 1
-    winners[0].release()
 
 
 def test_the_lock_excludes_and_notices_deletion(tmp_path: Path) -> None:

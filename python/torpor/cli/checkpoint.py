@@ -8,7 +8,7 @@ import os
 from torpor.errors import UsageError
 from torpor.flags import BOOL, LIST, NUMBER, TEXT, Flag
 
-from .common import Refused, check_refused, container, one_id, refused_flags
+from .common import PERMISSION, Refused, check_refused, container, one_id, refused_flags
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -32,21 +32,20 @@ FLAGS = (
     Flag("leave-running", BOOL, "let the container go on afterwards"),
     Flag("work-path", TEXT, "directory for dump.log"),
     Flag("compression", TEXT, "none", default="none"),
-    # Each of these permits something. What torpor carries it carries without being asked; what it does not, it refuses
-    # by name.
-    Flag("tcp-established", BOOL, "accepted"),
-    Flag("tcp-skip-in-flight", BOOL, "accepted"),
-    Flag("link-remap", BOOL, "accepted"),
-    Flag("ext-unix-sk", BOOL, "accepted"),
-    Flag("shell-job", BOOL, "accepted"),
-    Flag("file-locks", BOOL, "accepted"),
-    Flag("manage-cgroups-mode", TEXT, "accepted", choices=("soft", "full", "strict", "ignore")),
-    Flag("empty-ns", LIST, "accepted for `network`"),
-    Flag("network-lock", TEXT, "accepted", choices=("iptables", "nftables", "skip")),
+    # Each of these permits something. What cannot be carried is refused by name, with or without them.
+    Flag("tcp-established", BOOL, PERMISSION),
+    Flag("tcp-skip-in-flight", BOOL, PERMISSION),
+    Flag("link-remap", BOOL, PERMISSION),
+    Flag("ext-unix-sk", BOOL, PERMISSION),
+    Flag("shell-job", BOOL, PERMISSION),
+    Flag("file-locks", BOOL, PERMISSION),
+    Flag("manage-cgroups-mode", TEXT, "accepted; the spec says all about the cgroup", choices=("soft", "full", "strict", "ignore")),
+    Flag("empty-ns", LIST, "accepted for `network`; repeatable"),
+    Flag("network-lock", TEXT, "accepted; frozen sockets need no lock", choices=("iptables", "nftables", "skip")),
     # Each of these asks for what is done anyway.
-    Flag("auto-dedup", BOOL, "accepted"),
+    Flag("auto-dedup", BOOL, "accepted; there are no parent images to make smaller"),
     Flag("exclude-committed-zero-pages", BOOL, "accepted; zero pages are never written"),
-    Flag("direct", BOOL, "accepted"),
+    Flag("direct", BOOL, "accepted; torpor chooses how to do its I/O"),
     Flag("status-fd", NUMBER, "", default=-1, hidden=True),
     Flag("save-restore-exec-timeout", TEXT, "", hidden=True),
     *refused_flags(_REFUSED),

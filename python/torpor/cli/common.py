@@ -27,6 +27,9 @@ START_FLAGS = (
 NO_SUBREAPER = Flag("no-subreaper", BOOL, "accepted; torpor never makes itself the subreaper of its caller")
 DETACH = Flag("detach", BOOL, "return as soon as the container runs", short="d")
 
+# Help for what asks for permission that CRIU needs and torpor does not.
+PERMISSION = "accepted; what can be carried is carried without being asked"
+
 # Not there yet, and ignoring them would break a promise: (flag, kind, what it would need).
 Refused = tuple[tuple[str, str, str], ...]
 

@@ -11,7 +11,7 @@ from torpor.errors import UsageError
 from torpor.flags import BOOL, LIST, TEXT, Flag
 
 from .checkpoint import WorkLog, check_empty_ns
-from .common import DETACH, NO_SUBREAPER, START_FLAGS, Refused, check_refused, one_id, refused_flags
+from .common import DETACH, NO_SUBREAPER, PERMISSION, START_FLAGS, Refused, check_refused, one_id, refused_flags
 from .run import forget, start
 
 TYPE_CHECKING = False
@@ -36,16 +36,16 @@ FLAGS = (
     Flag("work-path", TEXT, "directory for restore.log"),
     NO_SUBREAPER,
     Flag("background", BOOL, "accepted; all pages are read before the container goes on"),
-    Flag("direct", BOOL, "accepted"),
-    Flag("tcp-established", BOOL, "accepted"),
-    Flag("tcp-close", BOOL, "accepted"),
-    Flag("ext-unix-sk", BOOL, "accepted"),
-    Flag("shell-job", BOOL, "accepted"),
-    Flag("file-locks", BOOL, "accepted"),
-    Flag("manage-cgroups-mode", TEXT, "accepted", choices=("soft", "full", "strict", "ignore")),
-    Flag("empty-ns", LIST, "accepted for `network`"),
-    Flag("network-lock", TEXT, "accepted", choices=("iptables", "nftables", "skip")),
-    Flag("auto-dedup", BOOL, "accepted"),
+    Flag("direct", BOOL, "accepted; torpor chooses how to do its I/O"),
+    Flag("tcp-established", BOOL, PERMISSION),
+    Flag("tcp-close", BOOL, PERMISSION),
+    Flag("ext-unix-sk", BOOL, PERMISSION),
+    Flag("shell-job", BOOL, PERMISSION),
+    Flag("file-locks", BOOL, PERMISSION),
+    Flag("manage-cgroups-mode", TEXT, "accepted; the spec says all about the cgroup", choices=("soft", "full", "strict", "ignore")),
+    Flag("empty-ns", LIST, "accepted for `network`; repeatable"),
+    Flag("network-lock", TEXT, "accepted; frozen sockets need no lock", choices=("iptables", "nftables", "skip")),
+    Flag("auto-dedup", BOOL, "accepted; there are no parent images to make smaller"),
     Flag("lsm-profile", TEXT, "TYPE:NAME, where this machine has that security module"),
     Flag("lsm-mount-context", TEXT, "SELinux context of mounts, where this machine has SELinux"),
     *refused_flags(_REFUSED),
