@@ -467,10 +467,18 @@ def load_all(root: str) -> list[Container]:
     found = []
     for name in states.ids(root):
         try:
-            found.append(Container.load(name, root=root))
+            container = Container.load(name, root=root)
+            container.refresh()
+            found.append(container)
         except TorporError as e:
+            # deleted while we looked, or damaged: the others are still worth showing
             log.debug(f"skipping {name}: {e}")
     return found
+
+
+def load_states(root: str) -> list[State]:
+    """The states of `load_all`."""
+    return [container._state for container in load_all(root)]
 
 
 def stdio_of(stdin: object, stdout: object, stderr: object) -> Stdio | None:

@@ -77,6 +77,7 @@ def output(verb: str) -> str:
 
 
 def _start(verb: str, args: Sequence[str], stdio: Stdio | None, preserve_fds: int) -> tuple[Child, dict[str, Any]]:
+    stdio = stdio or _own_stdio()
     read_end, write_end = os.pipe()
     # Above 0-2 and above what --preserve-fds hands on: the report must not land in the container.
     first = max(_FIRST_PRIVATE_FD, 3 + preserve_fds)
@@ -157,6 +158,17 @@ def _spawn(argv: list[str], stdio: Stdio | None, report_fd: int | None) -> Child
     finally:
         for fd in copies:
             os.close(fd)
+
+
+def _own_stdio() -> Stdio | None:
+    """None when 0-2 are there to be inherited. A daemon that closed them must not give our pipe to its container."""
+    fds = [0, 1, 2]
+    for fd in fds:
+        try:
+            os.fstat(fd)
+        except OSError:
+            fds[fd] = DEVNULL
+    return (fds[0], fds[1], fds[2]) if DEVNULL in fds else None
 
 
 def _private_copy(fd: int) -> int:

@@ -251,20 +251,23 @@ class Home:
         self._acquire(self._claim)
 
     def _claim(self) -> None:
+        # A torpor killed between mkdir and its first state left an empty claim: that is nobody's. So a claim is the
+        # lock on a directory without state, whoever made the directory.
         while True:
             try:
                 os.mkdir(self.path, 0o700)
+                made = True
             except FileExistsError:
-                # A torpor killed between mkdir and its first state left an empty claim: that is nobody's.
-                if self.read() is None and self._try_lock():
-                    if self.read() is None:
-                        return
-                    self._unlock()
-                raise StateError(
-                    f"container with id {self.id!r} already exists: choose another id or delete it", code="exists"
-                ) from None
+                made = False
             if self._try_lock():
-                return
+                if not os.path.exists(self.file("state.json")):
+                    return
+                self._unlock()
+            elif made:
+                continue  # somebody cleared it away again, taking it for such a leftover
+            raise StateError(
+                f"container with id {self.id!r} already exists: choose another id or delete it", code="exists"
+            )
 
     def __enter__(self) -> Home:
         self._acquire(self._wait_for_lock)

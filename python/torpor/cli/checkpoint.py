@@ -39,9 +39,9 @@ FLAGS = (
     Flag("ext-unix-sk", BOOL, PERMISSION),
     Flag("shell-job", BOOL, PERMISSION),
     Flag("file-locks", BOOL, PERMISSION),
-    Flag("manage-cgroups-mode", TEXT, "accepted; the spec says all about the cgroup", choices=("soft", "full", "strict", "ignore")),
+    Flag("manage-cgroups-mode", TEXT, "accepted; the spec decides", choices=("soft", "full", "strict", "ignore")),
     Flag("empty-ns", LIST, "accepted for `network`; repeatable"),
-    Flag("network-lock", TEXT, "accepted; frozen sockets need no lock", choices=("iptables", "nftables", "skip")),
+    Flag("network-lock", TEXT, "accepted", choices=("iptables", "nftables", "skip")),
     # Each of these asks for what is done anyway.
     Flag("auto-dedup", BOOL, "accepted; there are no parent images to make smaller"),
     Flag("exclude-committed-zero-pages", BOOL, "accepted; zero pages are never written"),

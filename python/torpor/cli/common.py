@@ -70,6 +70,18 @@ def one_id(flags: Parsed) -> str:
     return flags.args[0]
 
 
+def id_and_command(flags: Parsed) -> tuple[str, list[str]]:
+    """The container id and the words after it, without a `--` between them.
+
+    Raises:
+        UsageError: there is no id.
+    """
+    if not flags.args:
+        raise UsageError("a container id is required")
+    container_id, *command = flags.args
+    return container_id, command[1:] if command[:1] == ["--"] else command
+
+
 def container(config: Config, container_id: str) -> Container:
     """The container that a command is about.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torpor.errors import UsageError
 from torpor.flags import BOOL, LIST, NUMBER, TEXT, Flag
 
-from .common import container
+from .common import container, id_and_command
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -38,9 +38,7 @@ FLAGS = (
 
 
 def execute(config: Config, flags: Parsed) -> int:
-    if not flags.args:
-        raise UsageError("a container id is required")
-    container_id, *command = flags.args
+    container_id, command = id_and_command(flags)
     found = container(config, container_id)
     process = process_object(found, flags, command)
     terminal, socket, detach = bool(process.get("terminal")), flags.text("console-socket"), flags.on("detach")

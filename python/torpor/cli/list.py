@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import json
 
-from torpor.container import as_oci, load_all
+from torpor.container import as_oci, load_states
 from torpor.errors import UsageError
 from torpor.flags import BOOL, TEXT, Flag
 
@@ -26,12 +26,11 @@ _HEAD = ("ID", "PID", "STATUS", "BUNDLE", "CREATED", "OWNER")
 def execute(config: Config, flags: Parsed) -> int:
     if flags.args:
         raise UsageError(f"unexpected argument {flags.args[0]!r}")
-    containers = load_all(config.root)
+    states = [as_oci(state) for state in load_states(config.root)]
     if flags.on("quiet"):
-        for container in containers:
-            print(container.id)
+        for state in states:
+            print(state["id"])
         return 0
-    states = [as_oci(container.refresh()) for container in containers]
     if flags.text("format") == "json":
         print(json.dumps(states))
     else:

@@ -8,7 +8,7 @@ from torpor import api, create, plan
 from torpor.errors import UsageError
 from torpor.flags import BOOL, Flag
 
-from .common import DETACH, NO_SUBREAPER, START_FLAGS, start_options
+from .common import DETACH, NO_SUBREAPER, START_FLAGS, id_and_command, start_options
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -40,9 +40,7 @@ def execute(config: Config, flags: Parsed) -> int:
 
 def id_and_plan(config: Config, flags: Parsed, *, attached: bool) -> tuple[str, Plan]:
     """What to run, from the words after the flags."""
-    if not flags.args:
-        raise UsageError("a container id is required")
-    container_id, *command = flags.args
+    container_id, command = id_and_command(flags)
     api.check_id(container_id)
     if not command:
         return container_id, plan.from_bundle(config, flags.text("bundle"))
