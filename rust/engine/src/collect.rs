@@ -281,8 +281,7 @@ impl<'f> Subject<'f> {
         let of_thread = |&tid: &Pid| {
             let status = proc::status(tid).about(tid, "status")?;
             let rseq = ptrace::rseq(tid).about(tid, "rseq")?;
-            let signalled = (status.sig_pending | status.shared_pending) & !status.sig_blocked & status.sig_caught;
-            let cpu = cpu::settle(tid, &self.memory, rseq, signalled != 0)?;
+            let cpu = cpu::settle(tid, &self.memory, rseq)?;
             Ok(Before { tid, status, rseq, cpu })
         };
         self.frozen.threads.iter().map(of_thread).collect()

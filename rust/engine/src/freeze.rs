@@ -10,6 +10,7 @@ use torpor_sys::wait::{self, Event};
 use torpor_sys::{Pid, fork, proc};
 
 use crate::error::{About, Error, Result};
+use crate::kinds::cpu;
 
 const LIMIT: Duration = Duration::from_secs(10);
 
@@ -34,6 +35,10 @@ pub struct Frozen {
     seized: BTreeMap<Pid, Pid>,
     /// Threads stopped by a signal (SIGSTOP and its like) before we came.
     stopped: BTreeSet<Pid>,
+    /// Threads whose call was set back to its beginning, since stopping made it end.
+    rewound: BTreeSet<Pid>,
+    /// The group is not frozen: a task that is interrupted stops at once.
+    thawed: bool,
 }
 
 /// Stops every thread of the container whose init is `init`.
@@ -54,8 +59,11 @@ pub fn freeze(init: Pid) -> Result<Frozen> {
         was_paused,
         seized: BTreeMap::new(),
         stopped: BTreeSet::new(),
+        rewound: BTreeSet::new(),
+        thawed: true,
     };
     frozen.stop_all(init)?;
+    frozen.keep_own_interrupts()?;
     frozen.sort(init);
     Ok(frozen)
 }
@@ -87,6 +95,18 @@ impl Frozen {
         Ok(())
     }
 
+    /// A signal with a handler waits for a thread whose call we set back: its EINTR was the program's own.
+    fn keep_own_interrupts(&self) -> Result<()> {
+        for tid in &self.rewound {
+            let status = proc::status(*tid).about(*tid, "status")?;
+            let pending = (status.sig_pending | status.shared_pending) & !status.sig_blocked;
+            if pending & status.sig_caught != 0 {
+                cpu::keep_interrupted(*tid)?;
+            }
+        }
+        Ok(())
+    }
+
     /// Every process that may belong to the container.
     fn candidates(&self, init: Pid) -> Result<Vec<Pid>> {
         let mut all = tree(init)?;
@@ -102,10 +122,11 @@ impl Frozen {
     fn seize_frozen(&mut self, init: Pid) -> Result<()> {
         let Some(freezer) = self.freezer.clone() else { return Ok(()) };
         let thaw = Thaw(&freezer);
-        for pid in freezer.pids().about(init, "cgroup.procs")? {
-            self.seize_process(pid, |tid| !is_in_signal_stop(tid))?;
-        }
+        self.thawed = false;
+        let pids = freezer.pids().about(init, "cgroup.procs")?;
+        pids.into_iter().try_for_each(|pid| self.seize_process(pid, |tid| !is_in_signal_stop(tid)))?;
         drop(thaw);
+        self.thawed = true;
         self.wait_all()
     }
 
@@ -131,11 +152,22 @@ impl Frozen {
             match ptrace::seize(tid, options) {
                 Ok(()) => {
                     self.seized.insert(tid, pid);
-                    ptrace::interrupt(tid).about(tid, "thread")?;
+                    self.stop_one(tid)?;
                 }
                 Err(e) if ptrace::is_gone(&e) => {}
                 Err(e) => return Err(why_not_seized(pid, tid, e)),
             }
+        }
+        Ok(())
+    }
+
+    /// Stops one thread and at once takes back what stopping does to the call that it is in, so that the time in
+    /// which a killed tracer would show it an EINTR is a few microseconds for each thread, and not for all.
+    /// A task of a frozen group stops only when thawed: it is waited for later.
+    fn stop_one(&mut self, tid: Pid) -> Result<()> {
+        ptrace::interrupt(tid).about(tid, "thread")?;
+        if self.thawed {
+            self.wait_stop(tid, Instant::now() + LIMIT)?;
         }
         Ok(())
     }
@@ -173,6 +205,9 @@ impl Frozen {
                 Event::Stopped { signal, event: ptrace::EVENT_STOP } => {
                     if signal != libc_sigtrap() {
                         self.stopped.insert(tid);
+                    }
+                    if cpu::rewind_unnoticed(tid)? {
+                        self.rewound.insert(tid);
                     }
                     self.note(tid);
                     return Ok(());

@@ -81,8 +81,8 @@ fn sleep_for_sigchld(limit: Duration) {
 /// [`Error::Timeout`] names the state the task hangs in.
 pub fn until(tid: Pid, limit: Duration) -> Result<Event> {
     let end = Instant::now() + limit;
-    // Most stops take a few microseconds: look a few times before paying for a sleep.
-    for _ in 0..20 {
+    // Most stops take a few microseconds: look for a while before paying for a sleep.
+    for _ in 0..500 {
         if let Some(event) = poll(tid)? {
             return Ok(event);
         }

@@ -63,11 +63,10 @@ fn from_words(w: &[u64]) -> Option<Regs> {
 }
 
 /// Registers of a stopped thread as they must be when it goes on. Anything run in the thread comes later.
-/// `signalled` says that a signal with a handler waits for it: then an EINTR is the program's own.
 ///
 /// A task that was in an rseq critical section must not go on inside it: it was preempted, and code that we run
 /// clears the kernel's note of that. So its next instruction becomes the abort handler (rseq(2)).
-pub fn settle(tid: Pid, memory: &Memory, rseq: Option<Rseq>, signalled: bool) -> Result<Settled> {
+pub fn settle(tid: Pid, memory: &Memory, rseq: Option<Rseq>) -> Result<Settled> {
     let mut regs = ptrace::regs(tid).about(tid, "registers")?;
     if regs.cs != 0x33 {
         return Err(Error::unsupported(tid, "32-bit code", "only 64-bit programs are carried", ""));
@@ -76,15 +75,35 @@ pub fn settle(tid: Pid, memory: &Memory, rseq: Option<Rseq>, signalled: bool) ->
         regs.rip = abort;
         ptrace::set_regs(tid, &regs).about(tid, "registers")?;
     }
-    if let (Some(rip), false) = (unnoticed_restart(&regs), signalled) {
-        regs.rip = rip;
-        regs.rax = regs.orig_rax;
-        regs.orig_rax = u64::MAX;
-        ptrace::set_regs(tid, &regs).about(tid, "registers")?;
-    }
     let in_restart = regs.orig_rax == libc_nr::RESTART_SYSCALL && regs.rax as i64 == -ERESTART_RESTARTBLOCK;
     let restarts = if in_restart { Some(original_call(tid, &regs)?) } else { None };
     Ok(Settled { regs, restarts })
+}
+
+/// Calls that return EINTR when their task is merely stopped (signal(7), "Interruption of system calls and
+/// library functions by stop signals"): the program would not have seen it, so the call is made again. True when
+/// that was done.
+pub fn rewind_unnoticed(tid: Pid) -> Result<bool> {
+    const EINTR: i64 = 4;
+    let mut regs = ptrace::regs(tid).about(tid, "registers")?;
+    if regs.rax as i64 != -EINTR || !libc_nr::ENDED_BY_STOPS.contains(&(regs.orig_rax as i64)) {
+        return Ok(false);
+    }
+    regs.rip -= 2;
+    regs.rax = regs.orig_rax;
+    regs.orig_rax = u64::MAX;
+    ptrace::set_regs(tid, &regs).about(tid, "registers")?;
+    Ok(true)
+}
+
+/// Undoes [`rewind_unnoticed`] for a thread that a signal with a handler waits for: its EINTR is the program's own.
+pub fn keep_interrupted(tid: Pid) -> Result<()> {
+    const EINTR: i64 = 4;
+    let mut regs = ptrace::regs(tid).about(tid, "registers")?;
+    regs.rip += 2;
+    regs.orig_rax = regs.rax;
+    regs.rax = -EINTR as u64;
+    ptrace::set_regs(tid, &regs).about(tid, "registers")
 }
 
 /// Which call a thread is in that was interrupted before: its registers only tell restart_syscall(2). It is let
@@ -145,38 +164,11 @@ fn rseq_abort(memory: &Memory, rseq: Rseq, rip: u64) -> Option<u64> {
     (rip.wrapping_sub(start) < length).then_some(abort)
 }
 
-/// Calls that return EINTR when their task is merely stopped (signal(7), "Interruption of system calls and
-/// library functions by stop signals"): the program would not have seen it, so the call is made again.
-fn unnoticed_restart(regs: &Regs) -> Option<u64> {
-    const CALLS: [i64; 10] = [
-        libc_nr::EPOLL_WAIT,
-        libc_nr::EPOLL_PWAIT,
-        libc_nr::EPOLL_PWAIT2,
-        libc_nr::SEMOP,
-        libc_nr::SEMTIMEDOP,
-        libc_nr::RT_SIGTIMEDWAIT,
-        libc_nr::IO_GETEVENTS,
-        libc_nr::MSGRCV,
-        libc_nr::MSGSND,
-        libc_nr::IO_PGETEVENTS,
-    ];
-    const EINTR: i64 = 4;
-    let interrupted = regs.rax as i64 == -EINTR && CALLS.contains(&(regs.orig_rax as i64));
-    interrupted.then(|| regs.rip - 2)
-}
-
 mod libc_nr {
     pub const RESTART_SYSCALL: u64 = 219;
-    pub const MSGSND: i64 = 69;
-    pub const MSGRCV: i64 = 70;
-    pub const SEMOP: i64 = 65;
-    pub const RT_SIGTIMEDWAIT: i64 = 128;
-    pub const IO_GETEVENTS: i64 = 208;
-    pub const SEMTIMEDOP: i64 = 220;
-    pub const EPOLL_WAIT: i64 = 232;
-    pub const EPOLL_PWAIT: i64 = 281;
-    pub const IO_PGETEVENTS: i64 = 333;
-    pub const EPOLL_PWAIT2: i64 = 441;
+    /// semop, msgsnd, msgrcv, rt_sigtimedwait, io_getevents, semtimedop, epoll_wait, epoll_pwait, io_pgetevents,
+    /// epoll_pwait2 (arch/x86/entry/syscalls/syscall_64.tbl).
+    pub const ENDED_BY_STOPS: [i64; 10] = [65, 69, 70, 128, 208, 220, 232, 281, 333, 441];
 }
 
 /// The registers as numbers.
