@@ -247,6 +247,20 @@ def check_console(what: Plan, console_socket: str, *, attached: bool) -> None:
         raise UsageError("--console-socket needs a container with process.terminal true")
     if console_socket and attached:
         raise UsageError("--console-socket needs --detach: attached, the terminal is the one of this command")
+    check_console_socket(console_socket)
+
+
+def check_console_socket(path: str) -> None:
+    """Raises UsageError `bad-flag` when there is a path and no socket."""
+    import stat
+
+    try:
+        good = not path or stat.S_ISSOCK(os.stat(path).st_mode)
+        why = "it is not a socket"
+    except OSError as e:
+        good, why = False, e.strerror or "unknown error"
+    if not good:
+        raise UsageError(f"cannot use --console-socket {path}: {why}", code="bad-flag", object=path)
 
 
 def engine() -> Any:

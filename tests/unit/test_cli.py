@@ -140,8 +140,10 @@ def test_no_traceback_for_a_bug(monkeypatch: pytest.MonkeyPatch, capsys: pytest.
 
 
 def test_closed_standard_streams(tmp_path: Path) -> None:
-    code = "import os; [os.close(i) for i in (0, 1, 2)]; from torpor.cli.main import main; os._exit(main(['list']))"
-    assert subprocess.run([sys.executable, "-c", code], cwd=tmp_path, timeout=60).returncode == 0
+    code = "import sys; from torpor.cli.main import main; sys.exit(main(['list']))"
+    for closed in ("<&-", ">&-", "2>&-", "<&- >&- 2>&-"):
+        done = subprocess.run(["sh", "-c", f'"$0" -c "$1" {closed}', sys.executable, code], cwd=tmp_path, timeout=60)
+        assert done.returncode == 0, closed
 
 
 @pytest.mark.parametrize(

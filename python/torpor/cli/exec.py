@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from torpor import api
 from torpor.errors import UsageError
 from torpor.flags import BOOL, LIST, NUMBER, TEXT, Flag
 
@@ -46,6 +47,7 @@ def execute(config: Config, flags: Parsed) -> int:
         raise UsageError("a terminal and --detach need --console-socket")
     if socket and not (terminal and detach):
         raise UsageError("--console-socket needs a terminal and --detach")
+    api.check_console_socket(socket)
     if detach:
         started = _start(found, flags, process, supervise=False, socket=socket)
         _write_pid_files(flags, started.pid)
