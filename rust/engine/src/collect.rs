@@ -194,6 +194,7 @@ fn zombies(parent: Pid, names: &Names, all: &mut Vec<Process>) -> Result<()> {
             sid: last(&status.ns_sids),
             exit_signal: stat.exit_signal,
             zombie: Some(stat.exit_code),
+            name: stat.comm,
             body: None,
         });
     }
@@ -249,6 +250,7 @@ impl<'f> Subject<'f> {
             sid: last(&self.status.ns_sids),
             exit_signal: self.stat.exit_signal,
             zombie: None,
+            name: String::new(),
             body,
         })
     }

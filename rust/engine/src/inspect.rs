@@ -60,7 +60,7 @@ pub fn inspect(path: &Path) -> Result<Value> {
 fn process(process: &Process, inventory: &Inventory, stored: u64) -> Value {
     let mut value = json!({
         "pid": process.pid, "ppid": process.ppid, "pgid": process.pgid, "sid": process.sid,
-        "zombie": process.zombie,
+        "zombie": process.zombie, "name": process.name,
     });
     let Some(body) = &process.body else { return value };
     let threads: Vec<Value> =

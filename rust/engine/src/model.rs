@@ -39,6 +39,9 @@ pub struct Process {
     /// What is left of it when it has ended and nobody has waited for it: the status for wait(2).
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub zombie: Option<i32>,
+    /// The name of a zombie, which it keeps.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub name: String,
     /// Everything that a zombie has no more.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub body: Option<Body>,

@@ -164,6 +164,10 @@ impl Skeleton {
         let status = process.zombie.unwrap_or(0);
         let site = self.sites.remove(&process.pid).ok_or_else(|| Error::nonsense("a zombie was not born"))?;
         let tid = site.tid();
+        let mut batch = Batch::new();
+        let name = batch.string(&process.name);
+        batch.must("PR_SET_NAME", libc::SYS_prctl, [libc::PR_SET_NAME.into(), name.into()]);
+        site.run(&batch).about(tid, "zombie")?;
         let signal = status & 0x7f;
         if signal == 0 {
             let mut batch = Batch::new();

@@ -265,17 +265,7 @@ fn object(
     match found.id.kind() {
         libc::S_IFREG | libc::S_IFDIR | libc::S_IFCHR | libc::S_IFBLK => path(found, naming).map(Some),
         libc::S_IFIFO => pipe_end(survey, found, naming).map(Some),
-        libc::S_IFSOCK => {
-            let domain = fd::socket_domain(&found.fd).about(pid, format!("fd {number}"))?;
-            if domain != libc::AF_UNIX {
-                return Ok(Some(Object::Inet(Box::new(inet::collect(pid, number, &found.fd)?))));
-            }
-            let Some(survey) = unix else { return Ok(None) };
-            match unix::collect(pid, number, &found.fd, found.id.ino, survey, sockets, naming.blob)? {
-                unix::Found::Inside(state) => Ok(Some(Object::Unix(state))),
-                unix::Found::Outside => Ok(None),
-            }
-        }
+        libc::S_IFSOCK => socket(found, unix, sockets, naming),
         _ if found.link == "anon_inode:[eventfd]" => {
             Ok(Some(Object::Eventfd(eventfd::collect(pid, number, &found.info)?)))
         }
@@ -289,6 +279,38 @@ fn object(
         _ => {
             let object = format!("fd {number} ({})", found.link);
             Err(Error::unsupported(pid, object, "this kind of file is not carried yet", "close it before the checkpoint"))
+        }
+    }
+}
+
+/// A socket; `None` when it is connected to one outside.
+fn socket(
+    found: &Found,
+    unix: Option<&unix::Survey>,
+    inside: &std::collections::BTreeSet<u64>,
+    naming: &mut Naming<'_, '_>,
+) -> Result<Option<Object>> {
+    let (pid, number) = (found.holder, found.number);
+    match fd::socket_domain(&found.fd).about(pid, format!("fd {number}"))? {
+        libc::AF_INET | libc::AF_INET6 => {
+            Ok(Some(Object::Inet(Box::new(inet::collect(pid, number, &found.fd)?))))
+        }
+        libc::AF_UNIX => {
+            let Some(survey) = unix else { return Ok(None) };
+            match unix::collect(pid, number, &found.fd, found.id.ino, survey, inside, naming.blob)? {
+                unix::Found::Inside(state) => Ok(Some(Object::Unix(state))),
+                unix::Found::Outside => Ok(None),
+            }
+        }
+        domain => {
+            let name = match domain {
+                libc::AF_NETLINK => "netlink".into(),
+                libc::AF_PACKET => "packet".into(),
+                libc::AF_VSOCK => "vsock".into(),
+                other => format!("address family {other}"),
+            };
+            let object = format!("fd {number} ({name} socket)");
+            Err(Error::unsupported(pid, object, "sockets of this family are not carried yet", "close it before the checkpoint"))
         }
     }
 }

@@ -44,8 +44,10 @@ enum Form {
     /// A buffer size: read as twice what was set, and kept only when the program has set it (this bit of
     /// SO_BUF_LOCK). This option sets it beyond net.core.*mem_max.
     Buffer { force: i32, lock: i64 },
-    /// Kept for TCP only: for other sockets the kernel changes it by itself.
-    TcpInt,
+    /// An int of TCP only: for others the kernel changes it by itself.
+    OfTcp,
+    /// An int of datagrams only.
+    OfDatagrams,
 }
 
 struct Setting {
@@ -87,8 +89,8 @@ const TABLE: &[Setting] = &[
     setting("IP_BIND_ADDRESS_NO_PORT", IP, 24, Form::Int),
     setting("IP_RECVFRAGSIZE", IP, 25, Form::Int),
     setting("IP_RECVERR_RFC4884", IP, 26, Form::Int),
-    setting("IP_MULTICAST_IF", IP, 32, Form::Int),
-    setting("IP_MULTICAST_TTL", IP, 33, Form::Int),
+    setting("IP_MULTICAST_IF", IP, 32, Form::OfDatagrams),
+    setting("IP_MULTICAST_TTL", IP, 33, Form::OfDatagrams),
     setting("IP_MULTICAST_LOOP", IP, 34, Form::Int),
     setting("IP_MULTICAST_ALL", IP, 49, Form::Int),
     setting("IP_UNICAST_IF", IP, 50, Form::Device { big_endian: true }),
@@ -101,12 +103,13 @@ const TABLE: &[Setting] = &[
     setting("IPV6_FLOWINFO", IPV6, 11, Form::Int),
     setting("IPV6_UNICAST_HOPS", IPV6, 16, Form::Int),
     setting("IPV6_MULTICAST_IF", IPV6, 17, Form::Device { big_endian: false }),
-    setting("IPV6_MULTICAST_HOPS", IPV6, 18, Form::Int),
+    setting("IPV6_MULTICAST_HOPS", IPV6, 18, Form::OfDatagrams),
     setting("IPV6_MULTICAST_LOOP", IPV6, 19, Form::Int),
     setting("IPV6_MTU_DISCOVER", IPV6, 23, Form::Int),
     setting("IPV6_RECVERR", IPV6, 25, Form::Int),
     setting("IPV6_V6ONLY", IPV6, 26, Form::Int),
     setting("IPV6_MULTICAST_ALL", IPV6, 29, Form::Int),
+    setting("IPV6_ROUTER_ALERT_ISOLATE", IPV6, 30, Form::Int),
     setting("IPV6_RECVERR_RFC4884", IPV6, 31, Form::Int),
     setting("IPV6_FLOWINFO_SEND", IPV6, 33, Form::Int),
     setting("IPV6_RECVPKTINFO", IPV6, 49, Form::Int),
@@ -192,7 +195,7 @@ const TABLE: &[Setting] = &[
     setting("SO_SELECT_ERR_QUEUE", SO, 45, Form::Int),
     setting("SO_BUSY_POLL", SO, 46, Form::Int),
     setting("SO_MAX_PACING_RATE", SO, 47, Form::Long),
-    setting("SO_INCOMING_CPU", SO, 49, Form::TcpInt),
+    setting("SO_INCOMING_CPU", SO, 49, Form::OfTcp),
     setting("SO_ZEROCOPY", SO, 60, Form::Int),
     setting("SO_TXTIME", SO, 61, Form::Pair),
     setting("SO_TIMESTAMP_NEW", SO, 63, Form::Int),
@@ -273,7 +276,7 @@ impl Setting {
     fn read(&self, socket: &impl AsFd) -> Result<Option<Value>> {
         let mut room = [0; 256];
         let size = match self.form {
-            Form::Int | Form::TcpInt | Form::Device { .. } | Form::Buffer { .. } => 4,
+            Form::Int | Form::OfTcp | Form::OfDatagrams | Form::Device { .. } | Form::Buffer { .. } => 4,
             Form::Long | Form::Pair => 8,
             Form::Time | Form::Text => 16,
             Form::Bytes(most) => most,
@@ -287,7 +290,7 @@ impl Setting {
         };
         let bytes = &room[..len];
         Ok(Some(match self.form {
-            Form::Int | Form::TcpInt => Value::Number(int_at(bytes, 0)),
+            Form::Int | Form::OfTcp | Form::OfDatagrams => Value::Number(int_at(bytes, 0)),
             Form::Long => Value::Number(long_at(bytes, 0)),
             Form::Pair => Value::Numbers(vec![int_at(bytes, 0), int_at(bytes, 4)]),
             Form::Time => Value::Numbers(vec![long_at(bytes, 0), long_at(bytes, 8)]),
@@ -318,7 +321,7 @@ impl Setting {
     fn encode(&self, socket: &impl AsFd, value: &Value) -> Result<(i32, Vec<u8>)> {
         let int = |n: &i64| (*n as i32).to_ne_bytes();
         let bytes = match (self.form, value) {
-            (Form::Int | Form::TcpInt, Value::Number(n)) => int(n).to_vec(),
+            (Form::Int | Form::OfTcp | Form::OfDatagrams, Value::Number(n)) => int(n).to_vec(),
             (Form::Long, Value::Number(n)) => n.to_ne_bytes().to_vec(),
             (Form::Buffer { force, .. }, Value::Number(n)) => return Ok((force, int(&(n / 2)).to_vec())),
             (Form::Pair, Value::Numbers(all)) => all.iter().flat_map(int).collect(),
@@ -342,7 +345,9 @@ fn settings_of(socket: &impl AsFd) -> Result<impl Iterator<Item = &'static Setti
     let protocol = int(socket, libc::SO_PROTOCOL)?;
     let is_tcp = protocol == libc::IPPROTO_TCP || protocol == IPPROTO_MPTCP;
     Ok(TABLE.iter().filter(move |s| match s.level {
-        SO => is_tcp || !matches!(s.form, Form::TcpInt),
+        _ if matches!(s.form, Form::OfTcp) && !is_tcp => false,
+        _ if matches!(s.form, Form::OfDatagrams) && is_tcp => false,
+        SO => true,
         IP => domain == libc::AF_INET || domain == libc::AF_INET6,
         IPV6 => domain == libc::AF_INET6,
         TCP => is_tcp,
