@@ -99,7 +99,11 @@ fn raw(fd: &impl AsFd) -> i32 {
 pub fn create(family: i32, kind: i32, protocol: i32) -> Result<OwnedFd> {
     // SAFETY: plain numbers.
     let fd = unsafe { libc::socket(family, kind | libc::SOCK_CLOEXEC, protocol) };
-    owned(fd, "socket", format!("family {family}, type {kind}, protocol {protocol}"))
+    owned(
+        fd,
+        "socket",
+        format!("family {family}, type {kind}, protocol {protocol}"),
+    )
 }
 
 /// socketpair(2) of unix sockets, close-on-exec.
@@ -135,12 +139,20 @@ pub fn listen(socket: impl AsFd, backlog: u32) -> Result<()> {
     check(unsafe { libc::listen(raw(&socket), backlog) }.into(), "listen", backlog).map(drop)
 }
 
-/// accept(2), close-on-exec.
-pub fn accept(socket: impl AsFd) -> Result<OwnedFd> {
+/// accept(2) of a connection that this process has made to itself, close-on-exec. Others are turned away.
+pub fn accept_own(socket: impl AsFd) -> Result<OwnedFd> {
     let none = std::ptr::null_mut();
-    // SAFETY: no room for an address is given.
-    let fd = unsafe { libc::accept4(raw(&socket), none, none.cast(), libc::SOCK_CLOEXEC) };
-    owned(fd, "accept", raw(&socket))
+    loop {
+        // SAFETY: no room for an address is given.
+        let fd = unsafe { libc::accept4(raw(&socket), none, none.cast(), libc::SOCK_CLOEXEC) };
+        let accepted = owned(fd, "accept", raw(&socket))?;
+        // struct ucred begins with the process id.
+        let mut caller = [0; 12];
+        options::get(&accepted, libc::SOL_SOCKET, libc::SO_PEERCRED, &mut caller)?;
+        if caller.starts_with(&std::process::id().to_ne_bytes()) {
+            return Ok(accepted);
+        }
+    }
 }
 
 /// Shuts down what `mask` says: 1 receiving, 2 sending. A TCP socket without a connection is shut down too,
@@ -165,9 +177,13 @@ fn ask_address(socket: &impl AsFd, ask: AskAddress, call: &'static str) -> Resul
     let mut room = [0u8; ADDRESS];
     let mut len = room.len() as u32;
     // SAFETY: `ask` is getsockname or getpeername; room and len are places for the result.
-    check(unsafe { ask(raw(socket), room.as_mut_ptr().cast(), &raw mut len) }.into(), call, raw(socket))?;
+    let ret = unsafe { ask(raw(socket), room.as_mut_ptr().cast(), &raw mut len) };
+    check(ret.into(), call, raw(socket))?;
     let bytes = &room[..(len as usize).min(ADDRESS)];
-    Address::from_bytes(bytes).ok_or_else(|| Error::Parse { file: call.into(), text: format!("{bytes:?}") })
+    Address::from_bytes(bytes).ok_or_else(|| Error::Parse {
+        file: call.into(),
+        text: format!("{bytes:?}"),
+    })
 }
 
 /// getsockname(2).
@@ -186,7 +202,11 @@ pub fn peer(socket: impl AsFd) -> Result<Option<Address>> {
 /// What poll(2) says right now of input, urgent data, an end of input, and errors. It clears none of them.
 pub fn poll(socket: impl AsFd) -> i16 {
     let events = libc::POLLIN | libc::POLLPRI | libc::POLLRDHUP;
-    let mut poll = libc::pollfd { fd: raw(&socket), events, revents: 0 };
+    let mut poll = libc::pollfd {
+        fd: raw(&socket),
+        events,
+        revents: 0,
+    };
     // SAFETY: one valid pollfd.
     unsafe { libc::poll(&raw mut poll, 1, 0) };
     poll.revents
@@ -206,10 +226,21 @@ pub fn outgoing(socket: impl AsFd) -> Result<usize> {
 pub fn send(socket: impl AsFd, data: &[u8], to: Option<&Address>) -> Result<usize> {
     let flags = libc::MSG_DONTWAIT | libc::MSG_NOSIGNAL;
     let bytes = to.map(Address::to_bytes).unwrap_or_default();
-    let address = if bytes.is_empty() { std::ptr::null() } else { bytes.as_ptr().cast() };
+    let address = if bytes.is_empty() {
+        std::ptr::null()
+    } else {
+        bytes.as_ptr().cast()
+    };
     // SAFETY: data and an address with their lengths; a null address of length 0 means none.
     let ret = unsafe {
-        libc::sendto(raw(&socket), data.as_ptr().cast(), data.len(), flags, address, bytes.len() as u32)
+        libc::sendto(
+            raw(&socket),
+            data.as_ptr().cast(),
+            data.len(),
+            flags,
+            address,
+            bytes.len() as u32,
+        )
     };
     check(ret as i64, "send", format!("{} bytes", data.len())).map(|n| n as usize)
 }
@@ -229,7 +260,10 @@ pub struct Peeked {
 /// there. `None` when there are none; but a pending error is taken away then, so look only where there is data.
 pub fn peek(socket: impl AsFd, room: &mut [u8]) -> Result<Option<Peeked>> {
     let mut name = [0u8; ADDRESS];
-    let mut part = libc::iovec { iov_base: room.as_mut_ptr().cast(), iov_len: room.len() };
+    let mut part = libc::iovec {
+        iov_base: room.as_mut_ptr().cast(),
+        iov_len: room.len(),
+    };
     // SAFETY: a struct of numbers and pointers, for which zero means none.
     let mut head: libc::msghdr = unsafe { std::mem::zeroed() };
     head.msg_name = name.as_mut_ptr().cast();
@@ -245,7 +279,11 @@ pub fn peek(socket: impl AsFd, room: &mut [u8]) -> Result<Option<Peeked>> {
         len => len? as usize,
     };
     let from = unix_name(name.get(2..head.msg_namelen as usize).unwrap_or_default()).to_vec();
-    Ok(Some(Peeked { len, from, has_control: head.msg_flags & libc::MSG_CTRUNC != 0 }))
+    Ok(Some(Peeked {
+        len,
+        from,
+        has_control: head.msg_flags & libc::MSG_CTRUNC != 0,
+    }))
 }
 
 /// The inode number of the network namespace that a socket belongs to (SIOCGSKNS).
@@ -296,7 +334,11 @@ fn group(index: u32, address: IpAddr) -> Vec<u8> {
 }
 
 fn group_level(address: IpAddr) -> i32 {
-    if address.is_ipv4() { libc::SOL_IP } else { libc::SOL_IPV6 }
+    if address.is_ipv4() {
+        libc::SOL_IP
+    } else {
+        libc::SOL_IPV6
+    }
 }
 
 /// Whether a socket receives a multicast group on a device: `None` if not, else whether from every source.
@@ -305,7 +347,8 @@ pub fn is_member(socket: impl AsFd, index: u32, address: IpAddr) -> Result<Optio
     let mut filter = group(index, address);
     filter.resize(filter.len() + 8, 0);
     match options::get(&socket, group_level(address), MCAST_MSFILTER, &mut filter) {
-        Err(e) if e.errno() == Some(Errno::EADDRNOTAVAIL) => Ok(None),
+        // No member, or an IPv6 group and an IPv4 socket.
+        Err(e) if matches!(e.errno(), Some(Errno::EADDRNOTAVAIL | Errno::EOPNOTSUPP)) => Ok(None),
         Err(e) => Err(e),
         // After the group: the mode, MCAST_EXCLUDE being 0, and the number of sources.
         Ok(_) => Ok(Some(filter[8 + ADDRESS..].iter().all(|b| *b == 0))),
@@ -315,7 +358,13 @@ pub fn is_member(socket: impl AsFd, index: u32, address: IpAddr) -> Result<Optio
 /// Joins a multicast group on a device (MCAST_JOIN_GROUP).
 pub fn join(socket: impl AsFd, index: u32, address: IpAddr) -> Result<()> {
     const MCAST_JOIN_GROUP: i32 = 42;
-    options::set(&socket, group_level(address), MCAST_JOIN_GROUP, &group(index, address), "MCAST_JOIN_GROUP")
+    options::set(
+        &socket,
+        group_level(address),
+        MCAST_JOIN_GROUP,
+        &group(index, address),
+        "MCAST_JOIN_GROUP",
+    )
 }
 
 /// Where the file of a unix socket is to be.
@@ -347,18 +396,33 @@ pub fn bind_file(socket: impl AsFd, name: &[u8], place: Option<&Place<'_>>) -> R
     };
     change_directory(place.directory)?;
     if std::fs::symlink_metadata(place.name).is_ok_and(|m| fd_kind(&m) != libc::S_IFSOCK) {
-        return Err(Error::Call { call: "bind", object: place.name.into(), errno: Errno::EADDRINUSE });
+        return Err(Error::Call {
+            call: "bind",
+            object: place.name.into(),
+            errno: Errno::EADDRINUSE,
+        });
     }
     let stage = format!(".torpor-{}-{}", std::process::id(), raw(&socket));
-    io("mkdir", Path::new(&stage), std::os::unix::fs::DirBuilderExt::mode(&mut std::fs::DirBuilder::new(), 0o700).create(&stage))?;
+    io(
+        "mkdir",
+        Path::new(&stage),
+        std::os::unix::fs::DirBuilderExt::mode(&mut std::fs::DirBuilder::new(), 0o700).create(&stage),
+    )?;
     let bound = fd::open(&stage, libc::O_PATH | libc::O_DIRECTORY).and_then(|stage| {
         enter(stage.as_fd())?;
         bind_below_root(&socket, name, |path| {
-            io("chown", path, std::os::unix::fs::lchown(path, Some(place.uid), Some(place.gid)))?;
+            io(
+                "chown",
+                path,
+                std::os::unix::fs::lchown(path, Some(place.uid), Some(place.gid)),
+            )?;
             let mode = std::os::unix::fs::PermissionsExt::from_mode(place.mode & 0o7777);
             io("chmod", path, std::fs::set_permissions(path, mode))?;
-            nix::fcntl::renameat(nix::fcntl::AT_FDCWD, path, place.directory, place.name)
-                .map_err(|errno| Error::Call { call: "rename", object: place.name.into(), errno })
+            nix::fcntl::renameat(nix::fcntl::AT_FDCWD, path, place.directory, place.name).map_err(|errno| Error::Call {
+                call: "rename",
+                object: place.name.into(),
+                errno,
+            })
         })
     });
     home.back()?;
@@ -379,7 +443,10 @@ fn io<T>(call: &'static str, path: &Path, result: std::io::Result<T>) -> Result<
 /// directory are an empty directory.
 fn bind_below_root(socket: &impl AsFd, name: &[u8], then: impl FnOnce(&Path) -> Result<()>) -> Result<()> {
     let path = Path::new(OsStr::from_bytes(name));
-    let climbs = path.components().filter(|c| matches!(c, std::path::Component::ParentDir)).count();
+    let climbs = path
+        .components()
+        .filter(|c| matches!(c, std::path::Component::ParentDir))
+        .count();
     let deep = "d/".repeat(climbs);
     if climbs > 0 {
         io("mkdir", path, std::fs::create_dir_all(&deep))?;
@@ -393,7 +460,11 @@ fn bind_below_root(socket: &impl AsFd, name: &[u8], then: impl FnOnce(&Path) -> 
 }
 
 fn change_directory(to: BorrowedFd<'_>) -> Result<()> {
-    nix::unistd::fchdir(to).map_err(|errno| Error::Call { call: "fchdir", object: String::new(), errno })
+    nix::unistd::fchdir(to).map_err(|errno| Error::Call {
+        call: "fchdir",
+        object: String::new(),
+        errno,
+    })
 }
 
 /// Makes a directory the root and the working directory of this thread.
@@ -413,7 +484,10 @@ impl Home {
         // SAFETY: from now on what this thread does to its root and working directory concerns only itself.
         check(unsafe { libc::unshare(libc::CLONE_FS) }.into(), "unshare", "CLONE_FS")?;
         let open = |path| fd::open(path, libc::O_PATH | libc::O_DIRECTORY);
-        Ok(Home { root: open("/")?, directory: open(".")? })
+        Ok(Home {
+            root: open("/")?,
+            directory: open(".")?,
+        })
     }
 
     fn back(&self) -> Result<()> {
@@ -437,7 +511,16 @@ fn scratch() -> Result<OwnedFd> {
     let context = unsafe { libc::syscall(libc::SYS_fsopen, c"tmpfs".as_ptr(), CLOEXEC) };
     let context = owned(context as i32, "fsopen", "tmpfs")?;
     // SAFETY: this command takes neither key nor value.
-    let ret = unsafe { libc::syscall(libc::SYS_fsconfig, context.as_raw_fd(), FSCONFIG_CMD_CREATE, none, none, 0) };
+    let ret = unsafe {
+        libc::syscall(
+            libc::SYS_fsconfig,
+            context.as_raw_fd(),
+            FSCONFIG_CMD_CREATE,
+            none,
+            none,
+            0,
+        )
+    };
     check(ret, "fsconfig", "tmpfs")?;
     // SAFETY: plain numbers.
     let mount = unsafe { libc::syscall(libc::SYS_fsmount, context.as_raw_fd(), CLOEXEC, 0) };

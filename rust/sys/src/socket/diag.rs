@@ -40,7 +40,10 @@ pub fn unix_sockets() -> Result<Vec<UnixSocket>> {
 }
 
 fn bad(text: &str) -> Error {
-    Error::Parse { file: "UNIX_DIAG".into(), text: text.into() }
+    Error::Parse {
+        file: "UNIX_DIAG".into(),
+        text: text.into(),
+    }
 }
 
 /// The request: a struct nlmsghdr and a struct unix_diag_req.
@@ -76,7 +79,11 @@ fn dump(netlink: &impl AsFd) -> Result<Option<Vec<UnixSocket>>> {
             Part::End { disturbed } => return Ok((undisturbed && !disturbed).then_some(all)),
             Part::Error(code) => {
                 let errno = nix::errno::Errno::from_raw(-code);
-                return Err(Error::Call { call: "sock_diag", object: "unix sockets".into(), errno });
+                return Err(Error::Call {
+                    call: "sock_diag",
+                    object: "unix sockets".into(),
+                    errno,
+                });
             }
         }
     }
@@ -132,7 +139,11 @@ fn entry(body: &[u8]) -> Option<UnixSocket> {
         let value = rest.get(4..len)?;
         match u16_at(rest, 2)? {
             PEER => socket.peer = Some(u32_at(value, 0)?.into()),
-            ICONS => socket.waiting = (0..value.len() / 4).filter_map(|i| Some(u32_at(value, i * 4)?.into())).collect(),
+            ICONS => {
+                socket.waiting = (0..value.len() / 4)
+                    .filter_map(|i| Some(u32_at(value, i * 4)?.into()))
+                    .collect()
+            }
             RQLEN => socket.out = u32_at(value, 4)?,
             SHUTDOWN => socket.shutdown = *value.first()?,
             _ => {}

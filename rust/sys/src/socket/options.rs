@@ -44,10 +44,14 @@ enum Form {
     /// A buffer size: read as twice what was set, and kept only when the program has set it (this bit of
     /// SO_BUF_LOCK). This option sets it beyond net.core.*mem_max.
     Buffer { force: i32, lock: i64 },
-    /// An int of TCP only: for others the kernel changes it by itself.
-    OfTcp,
-    /// An int of datagrams only.
-    OfDatagrams,
+}
+
+/// Where an option is a wish of the program. Elsewhere it cannot be set, or is what the kernel found out.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Of {
+    All,
+    Streams,
+    Datagrams,
 }
 
 struct Setting {
@@ -55,10 +59,23 @@ struct Setting {
     level: i32,
     number: i32,
     form: Form,
+    of: Of,
 }
 
 const fn setting(name: &'static str, level: i32, number: i32, form: Form) -> Setting {
-    Setting { name, level, number, form }
+    Setting {
+        name,
+        level,
+        number,
+        form,
+        of: Of::All,
+    }
+}
+
+impl Setting {
+    const fn of(self, of: Of) -> Setting {
+        Setting { of, ..self }
+    }
 }
 
 const SO: i32 = libc::SOL_SOCKET;
@@ -89,8 +106,8 @@ const TABLE: &[Setting] = &[
     setting("IP_BIND_ADDRESS_NO_PORT", IP, 24, Form::Int),
     setting("IP_RECVFRAGSIZE", IP, 25, Form::Int),
     setting("IP_RECVERR_RFC4884", IP, 26, Form::Int),
-    setting("IP_MULTICAST_IF", IP, 32, Form::OfDatagrams),
-    setting("IP_MULTICAST_TTL", IP, 33, Form::OfDatagrams),
+    setting("IP_MULTICAST_IF", IP, 32, Form::Int).of(Of::Datagrams),
+    setting("IP_MULTICAST_TTL", IP, 33, Form::Int).of(Of::Datagrams),
     setting("IP_MULTICAST_LOOP", IP, 34, Form::Int),
     setting("IP_MULTICAST_ALL", IP, 49, Form::Int),
     setting("IP_UNICAST_IF", IP, 50, Form::Device { big_endian: true }),
@@ -102,8 +119,8 @@ const TABLE: &[Setting] = &[
     setting("IPV6_2292HOPLIMIT", IPV6, 8, Form::Int),
     setting("IPV6_FLOWINFO", IPV6, 11, Form::Int),
     setting("IPV6_UNICAST_HOPS", IPV6, 16, Form::Int),
-    setting("IPV6_MULTICAST_IF", IPV6, 17, Form::Device { big_endian: false }),
-    setting("IPV6_MULTICAST_HOPS", IPV6, 18, Form::OfDatagrams),
+    setting("IPV6_MULTICAST_IF", IPV6, 17, Form::Device { big_endian: false }).of(Of::Datagrams),
+    setting("IPV6_MULTICAST_HOPS", IPV6, 18, Form::Int).of(Of::Datagrams),
     setting("IPV6_MULTICAST_LOOP", IPV6, 19, Form::Int),
     setting("IPV6_MTU_DISCOVER", IPV6, 23, Form::Int),
     setting("IPV6_RECVERR", IPV6, 25, Form::Int),
@@ -169,8 +186,24 @@ const TABLE: &[Setting] = &[
     setting("SO_REUSEADDR", SO, 2, Form::Int),
     setting("SO_DONTROUTE", SO, 5, Form::Int),
     setting("SO_BROADCAST", SO, 6, Form::Int),
-    setting("SO_SNDBUF", SO, 7, Form::Buffer { force: libc::SO_SNDBUFFORCE, lock: 1 }),
-    setting("SO_RCVBUF", SO, 8, Form::Buffer { force: libc::SO_RCVBUFFORCE, lock: 2 }),
+    setting(
+        "SO_SNDBUF",
+        SO,
+        7,
+        Form::Buffer {
+            force: libc::SO_SNDBUFFORCE,
+            lock: 1,
+        },
+    ),
+    setting(
+        "SO_RCVBUF",
+        SO,
+        8,
+        Form::Buffer {
+            force: libc::SO_RCVBUFFORCE,
+            lock: 2,
+        },
+    ),
     setting("SO_KEEPALIVE", SO, 9, Form::Int),
     setting("SO_OOBINLINE", SO, 10, Form::Int),
     setting("SO_NO_CHECK", SO, 11, Form::Int),
@@ -195,7 +228,7 @@ const TABLE: &[Setting] = &[
     setting("SO_SELECT_ERR_QUEUE", SO, 45, Form::Int),
     setting("SO_BUSY_POLL", SO, 46, Form::Int),
     setting("SO_MAX_PACING_RATE", SO, 47, Form::Long),
-    setting("SO_INCOMING_CPU", SO, 49, Form::OfTcp),
+    setting("SO_INCOMING_CPU", SO, 49, Form::Int).of(Of::Streams),
     setting("SO_ZEROCOPY", SO, 60, Form::Int),
     setting("SO_TXTIME", SO, 61, Form::Pair),
     setting("SO_TIMESTAMP_NEW", SO, 63, Form::Int),
@@ -252,7 +285,11 @@ pub fn has_filter(socket: &impl AsFd) -> bool {
 /// Lets a socket send `size` bytes before anybody reads them. The answer undoes it.
 pub fn widen(socket: &impl AsFd, size: usize) -> Result<(i32, i32)> {
     let before = (int(socket, libc::SO_SNDBUF)?, int(socket, SO_BUF_LOCK)?);
-    let size = size.saturating_mul(4).saturating_add(1 << 20).try_into().unwrap_or(i32::MAX / 2);
+    let size = size
+        .saturating_mul(4)
+        .saturating_add(1 << 20)
+        .try_into()
+        .unwrap_or(i32::MAX / 2);
     set_int(socket, libc::SO_SNDBUFFORCE, size, "SO_SNDBUFFORCE")?;
     Ok(before)
 }
@@ -264,11 +301,17 @@ pub fn narrow(socket: &impl AsFd, (size, locks): (i32, i32)) -> Result<()> {
 }
 
 fn int_at(bytes: &[u8], at: usize) -> i64 {
-    bytes.get(at..).and_then(|b| b.first_chunk()).map_or(0, |b| i32::from_ne_bytes(*b).into())
+    bytes
+        .get(at..)
+        .and_then(|b| b.first_chunk())
+        .map_or(0, |b| i32::from_ne_bytes(*b).into())
 }
 
 fn long_at(bytes: &[u8], at: usize) -> i64 {
-    bytes.get(at..).and_then(|b| b.first_chunk()).map_or(0, |b| i64::from_ne_bytes(*b))
+    bytes
+        .get(at..)
+        .and_then(|b| b.first_chunk())
+        .map_or(0, |b| i64::from_ne_bytes(*b))
 }
 
 impl Setting {
@@ -276,7 +319,7 @@ impl Setting {
     fn read(&self, socket: &impl AsFd) -> Result<Option<Value>> {
         let mut room = [0; 256];
         let size = match self.form {
-            Form::Int | Form::OfTcp | Form::OfDatagrams | Form::Device { .. } | Form::Buffer { .. } => 4,
+            Form::Int | Form::Device { .. } | Form::Buffer { .. } => 4,
             Form::Long | Form::Pair => 8,
             Form::Time | Form::Text => 16,
             Form::Bytes(most) => most,
@@ -285,12 +328,16 @@ impl Setting {
             Ok(len) => len.min(size),
             Err(e) => {
                 let absent = [Errno::ENOPROTOOPT, Errno::EOPNOTSUPP, Errno::EINVAL, Errno::ENOTCONN];
-                return if e.errno().is_some_and(|n| absent.contains(&n)) { Ok(None) } else { Err(e) };
+                return if e.errno().is_some_and(|n| absent.contains(&n)) {
+                    Ok(None)
+                } else {
+                    Err(e)
+                };
             }
         };
         let bytes = &room[..len];
         Ok(Some(match self.form {
-            Form::Int | Form::OfTcp | Form::OfDatagrams => Value::Number(int_at(bytes, 0)),
+            Form::Int => Value::Number(int_at(bytes, 0)),
             Form::Long => Value::Number(long_at(bytes, 0)),
             Form::Pair => Value::Numbers(vec![int_at(bytes, 0), int_at(bytes, 4)]),
             Form::Time => Value::Numbers(vec![long_at(bytes, 0), long_at(bytes, 8)]),
@@ -302,7 +349,11 @@ impl Setting {
             Form::Device { big_endian } => {
                 let index = int_at(bytes, 0) as u32;
                 let index = if big_endian { u32::from_be(index) } else { index };
-                Value::Text(if index == 0 { String::new() } else { device_name(socket, index)? })
+                Value::Text(if index == 0 {
+                    String::new()
+                } else {
+                    device_name(socket, index)?
+                })
             }
             Form::Buffer { lock, .. } => {
                 if i64::from(int(socket, SO_BUF_LOCK)?) & lock == 0 {
@@ -315,13 +366,19 @@ impl Setting {
 
     fn write(&self, socket: &impl AsFd, value: &Value) -> Result<()> {
         let (number, bytes) = self.encode(socket, value)?;
-        set(socket, self.level, number, &bytes, &format!("{} = {value:?}", self.name))
+        set(
+            socket,
+            self.level,
+            number,
+            &bytes,
+            &format!("{} = {value:?}", self.name),
+        )
     }
 
     fn encode(&self, socket: &impl AsFd, value: &Value) -> Result<(i32, Vec<u8>)> {
         let int = |n: &i64| (*n as i32).to_ne_bytes();
         let bytes = match (self.form, value) {
-            (Form::Int | Form::OfTcp | Form::OfDatagrams, Value::Number(n)) => int(n).to_vec(),
+            (Form::Int, Value::Number(n)) => int(n).to_vec(),
             (Form::Long, Value::Number(n)) => n.to_ne_bytes().to_vec(),
             (Form::Buffer { force, .. }, Value::Number(n)) => return Ok((force, int(&(n / 2)).to_vec())),
             (Form::Pair, Value::Numbers(all)) => all.iter().flat_map(int).collect(),
@@ -329,10 +386,23 @@ impl Setting {
             (Form::Bytes(_), Value::Numbers(all)) => all.iter().map(|n| *n as u8).collect(),
             (Form::Text, Value::Text(text)) => text.clone().into_bytes(),
             (Form::Device { big_endian }, Value::Text(name)) => {
-                let index = if name.is_empty() { 0 } else { device_index(socket, name)? };
-                if big_endian { index.to_be_bytes().to_vec() } else { index.to_ne_bytes().to_vec() }
+                let index = if name.is_empty() {
+                    0
+                } else {
+                    device_index(socket, name)?
+                };
+                if big_endian {
+                    index.to_be_bytes().to_vec()
+                } else {
+                    index.to_ne_bytes().to_vec()
+                }
             }
-            _ => return Err(Error::Parse { file: self.name.into(), text: format!("{value:?}") }),
+            _ => {
+                return Err(Error::Parse {
+                    file: self.name.into(),
+                    text: format!("{value:?}"),
+                });
+            }
         };
         Ok((self.number, bytes))
     }
@@ -344,15 +414,18 @@ fn settings_of(socket: &impl AsFd) -> Result<impl Iterator<Item = &'static Setti
     let domain = int(socket, libc::SO_DOMAIN)?;
     let protocol = int(socket, libc::SO_PROTOCOL)?;
     let is_tcp = protocol == libc::IPPROTO_TCP || protocol == IPPROTO_MPTCP;
-    Ok(TABLE.iter().filter(move |s| match s.level {
-        _ if matches!(s.form, Form::OfTcp) && !is_tcp => false,
-        _ if matches!(s.form, Form::OfDatagrams) && is_tcp => false,
-        SO => true,
-        IP => domain == libc::AF_INET || domain == libc::AF_INET6,
-        IPV6 => domain == libc::AF_INET6,
-        TCP => is_tcp,
-        _ => protocol == libc::IPPROTO_UDP,
-    }))
+    let is_stream = int(socket, libc::SO_TYPE)? == libc::SOCK_STREAM;
+    let fits = move |s: &&Setting| {
+        let level = match s.level {
+            SO => true,
+            IP => domain == libc::AF_INET || domain == libc::AF_INET6,
+            IPV6 => domain == libc::AF_INET6,
+            TCP => is_tcp,
+            _ => protocol == libc::IPPROTO_UDP,
+        };
+        level && (s.of == Of::All || is_stream == (s.of == Of::Streams))
+    };
+    Ok(TABLE.iter().filter(fits))
 }
 
 /// The options in which a socket differs from a new one of its kind.
@@ -371,7 +444,10 @@ pub fn differing(socket: &impl AsFd, new: &impl AsFd) -> Result<Values> {
 /// Gives a new socket these options. One that another option has changed by the way is put back.
 pub fn apply(socket: &impl AsFd, values: &Values) -> Result<()> {
     if let Some(name) = values.keys().find(|n| !TABLE.iter().any(|s| s.name == n.as_str())) {
-        return Err(Error::Parse { file: "socket option".into(), text: name.clone() });
+        return Err(Error::Parse {
+            file: "socket option".into(),
+            text: name.clone(),
+        });
     }
     let mut wanted = Vec::new();
     for setting in settings_of(socket)? {
