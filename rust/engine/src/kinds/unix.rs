@@ -879,23 +879,37 @@ mod tests {
     }
 
     /// Every option that can be read, but those that tell sockets or times apart or that reading changes.
-    fn all_options(fd: &impl AsFd) -> Vec<(i32, std::result::Result<Vec<u8>, Option<i32>>)> {
+    fn all_options(fd: &impl AsFd) -> Vec<(i32, Option<Vec<u8>>)> {
         const SO_ERROR_PEERCRED_MEMINFO_COOKIE_PEERGROUPS_NETNSCOOKIE_PEERPIDFD: [i32; 7] = [4, 17, 55, 57, 59, 71, 77];
         let numbers =
             (1..100).filter(|n| !SO_ERROR_PEERCRED_MEMINFO_COOKIE_PEERGROUPS_NETNSCOOKIE_PEERPIDFD.contains(n));
         let read = |n| {
             let mut room = [0; 256];
-            let len = options::get(fd, libc::SOL_SOCKET, n, &mut room).map_err(|e| e.errno().map(|e| e as i32))?;
-            Ok(room[..len.min(256)].to_vec())
+            let len = options::get(fd, libc::SOL_SOCKET, n, &mut room).ok()?;
+            Some(room[..len.min(256)].to_vec())
         };
         numbers.map(|n| (n, read(n))).collect()
     }
 
-    fn temp(name: &str) -> PathBuf {
-        let dir = std::env::temp_dir().join(format!("torpor-unix-{}-{name}", std::process::id()));
-        let _ = std::fs::remove_dir_all(&dir);
-        std::fs::create_dir(&dir).unwrap();
-        dir
+    /// A directory that is removed at the end.
+    struct Temp(PathBuf);
+
+    impl Temp {
+        fn new(name: &str) -> Temp {
+            let dir = std::env::temp_dir().join(format!("torpor-unix-{}-{name}", std::process::id()));
+            std::fs::create_dir(&dir).unwrap();
+            Temp(dir)
+        }
+
+        fn join(&self, name: &str) -> PathBuf {
+            self.0.join(name)
+        }
+    }
+
+    impl Drop for Temp {
+        fn drop(&mut self) {
+            let _ = std::fs::remove_dir_all(&self.0);
+        }
     }
 
     fn abstract_name(name: &str) -> SocketAddr {
@@ -1026,7 +1040,7 @@ mod tests {
 
     #[test]
     fn a_listening_socket_comes_back_with_its_file() {
-        let dir = temp("listen");
+        let dir = Temp::new("listen");
         let path = dir.join("socket");
         let listener = UnixListener::bind(&path).unwrap();
         std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o620)).unwrap();
@@ -1038,7 +1052,7 @@ mod tests {
         let _client = UnixStream::connect(&path).unwrap();
         assert!(refusal(&listener, &[&listener]).contains("wait to be accepted"));
         UnixListener::from(listener).accept().unwrap();
-        let left: Vec<_> = std::fs::read_dir(&dir)
+        let left: Vec<_> = std::fs::read_dir(&dir.0)
             .unwrap()
             .map(|e| e.unwrap().file_name())
             .collect();
@@ -1105,7 +1119,8 @@ mod tests {
 
     #[test]
     fn only_socket_files_are_replaced() {
-        let path = temp("replace").join("socket");
+        let dir = Temp::new("replace");
+        let path = dir.join("socket");
         let listener: OwnedFd = UnixListener::bind(&path).unwrap().into();
         let image = save(&[&listener]);
         std::fs::remove_file(&path).unwrap();
@@ -1118,13 +1133,13 @@ mod tests {
 
     #[test]
     fn names_that_lead_nowhere_or_elsewhere() {
-        let dir = temp("names");
+        let dir = Temp::new("names");
         let (removed, odd, moved) = (dir.join("removed"), dir.join("odd"), dir.join("moved"));
         let a = UnixListener::bind(&removed).unwrap();
         std::fs::remove_file(&removed).unwrap();
         // As a program names it that is elsewhere: in a directory or under a root of its own.
         let b = socket::create(libc::AF_UNIX, libc::SOCK_STREAM, 0).unwrap();
-        let directory = fd::open(dir.to_str().unwrap(), libc::O_PATH).unwrap();
+        let directory = fd::open(dir.0.to_str().unwrap(), libc::O_PATH).unwrap();
         let place = Place {
             directory: directory.as_fd(),
             name: "odd",
@@ -1151,7 +1166,8 @@ mod tests {
 
     #[test]
     fn accepted_connections_keep_all_names() {
-        let path = temp("accept").join("socket");
+        let dir = Temp::new("accept");
+        let path = dir.join("socket");
         for address in [SocketAddr::from_pathname(&path).unwrap(), abstract_name("accept")] {
             let listener = UnixListener::bind_addr(&address).unwrap();
             let clients = [0, 1].map(|_| UnixStream::connect_addr(&address).unwrap());
@@ -1197,7 +1213,8 @@ mod tests {
 
     #[test]
     fn datagrams_remember_their_senders() {
-        let path = temp("datagrams").join("server");
+        let dir = Temp::new("datagrams");
+        let path = dir.join("server");
         let server = UnixDatagram::bind(&path).unwrap();
         let connected = UnixDatagram::unbound().unwrap();
         connected.connect(&path).unwrap();
