@@ -85,7 +85,7 @@ impl Freezer {
         let end = Instant::now() + limit;
         self.write(if self.v2 { "cgroup.freeze" } else { "freezer.state" }, if self.v2 { "1" } else { "FROZEN" })?;
         let mut pause = Duration::from_micros(50);
-        while !self.all_frozen()? {
+        while !self.is_settled()? {
             if Instant::now() > end {
                 let stuck = self.stuck();
                 self.thaw()?;
@@ -101,7 +101,8 @@ impl Freezer {
         Ok(())
     }
 
-    fn all_frozen(&self) -> Result<bool> {
+    /// True when every task of the group is frozen.
+    pub fn is_settled(&self) -> Result<bool> {
         if self.v2 {
             Ok(self.read("cgroup.events")?.lines().any(|l| l == "frozen 1"))
         } else {
