@@ -39,11 +39,21 @@ struct Copier<'w> {
 
 /// Copies everything that `collected` found.
 pub fn capture(collected: &Collected, writer: &mut Writer, cancel: &Cancel) -> Result<Captured> {
-    let mut copier = Copier { writer, cancel, buffer: vec![0; PIECE], captured: Captured::default() };
+    let mut copier = Copier {
+        writer,
+        cancel,
+        buffer: vec![0; PIECE],
+        captured: Captured::default(),
+    };
     for source in &collected.sources {
         copier.address_space(&collected.inventory, source.index, source.pid)?;
     }
-    for (index, (file, state)) in collected.shared.iter().zip(&collected.inventory.objects.shared).enumerate() {
+    for (index, (file, state)) in collected
+        .shared
+        .iter()
+        .zip(&collected.inventory.objects.shared)
+        .enumerate()
+    {
         copier.shared(SHARED + index as u32, file, state.size)?;
     }
     Ok(copier.captured)
@@ -51,12 +61,16 @@ pub fn capture(collected: &Collected, writer: &mut Writer, cancel: &Cancel) -> R
 
 impl Copier<'_> {
     fn address_space(&mut self, inventory: &Inventory, index: usize, pid: i32) -> Result<()> {
-        let Some(body) = &inventory.processes[index].body else { return Ok(()) };
+        let Some(body) = &inventory.processes[index].body else {
+            return Ok(());
+        };
         let pagemap = Pagemap::open(pid).about(pid, "pagemap")?;
         let memory = memory::open(pid)?;
         let mut ranges = Vec::new();
         for area in body.memory.areas.iter().filter(|a| a.is_private()) {
-            pagemap.private_data(area.start, area.end, &mut ranges).about(pid, "pagemap")?;
+            pagemap
+                .private_data(area.start, area.end, &mut ranges)
+                .about(pid, "pagemap")?;
         }
         for group in pieces(&ranges) {
             self.cancel.check()?;
@@ -76,7 +90,9 @@ impl Copier<'_> {
             .into_iter()
             .map(|(start, end)| (start & !(PAGE_SIZE - 1), end.next_multiple_of(PAGE_SIZE)))
             .collect();
-        let file = file.try_clone().map_err(|e| torpor_sys::Error::io("dup", "shared object", &e));
+        let file = file
+            .try_clone()
+            .map_err(|e| torpor_sys::Error::io("dup", "shared object", &e));
         let file = std::fs::File::from(file.about(0, "shared object")?);
         for group in pieces(&ranges) {
             self.cancel.check()?;
@@ -180,7 +196,11 @@ mod tests {
     fn pieces_fill_the_buffer_and_keep_every_byte() {
         let ranges = [(0, 3 * PIECE as u64 + 4096), (1 << 40, (1 << 40) + 8192)];
         let groups = pieces(&ranges);
-        assert!(groups.iter().all(|g| g.iter().map(|r| r.1).sum::<u64>() <= PIECE as u64));
+        assert!(
+            groups
+                .iter()
+                .all(|g| g.iter().map(|r| r.1).sum::<u64>() <= PIECE as u64)
+        );
         let total: u64 = groups.iter().flatten().map(|r| r.1).sum();
         assert_eq!(total, 3 * PIECE as u64 + 4096 + 8192);
     }

@@ -66,13 +66,26 @@ struct Subject<'f> {
 
 /// Collects. `blob` stores bytes in the image.
 pub fn collect(frozen: &Frozen, blob: &mut dyn FnMut(&[u8]) -> Result<BlobRef>) -> Result<Collected> {
-    let init = frozen.processes.first().map(|p| p.pid).ok_or_else(|| Error::nonsense("no process"))?;
+    let init = frozen
+        .processes
+        .first()
+        .map(|p| p.pid)
+        .ok_or_else(|| Error::nonsense("no process"))?;
     let mut inventory = Inventory::default();
     let view = paths::View::of(init)?;
-    let mut tables = memory::Tables { view: &view, mapped: Vec::new(), shared: Default::default() };
+    let mut tables = memory::Tables {
+        view: &view,
+        mapped: Vec::new(),
+        shared: Default::default(),
+    };
     let members = members(frozen, init, &mut inventory.warnings)?;
     check_sharing(&members)?;
-    let names = Names(members.iter().filter_map(|p| Some((p.pid, inner_pid(p.pid)?))).collect());
+    let names = Names(
+        members
+            .iter()
+            .filter_map(|p| Some((p.pid, inner_pid(p.pid)?)))
+            .collect(),
+    );
     let maps = creds::IdMaps {
         uids: proc::id_map(init, "uid_map").about(init, "uid_map")?,
         gids: proc::id_map(init, "gid_map").about(init, "gid_map")?,
@@ -87,22 +100,43 @@ pub fn collect(frozen: &Frozen, blob: &mut dyn FnMut(&[u8]) -> Result<BlobRef>) 
             inventory.vdso = vdso::collect(&subject.memory, &subject.vmas)?;
         }
         let fds = survey.add_process(process.pid)?;
-        let mut ctx = Context { frozen, maps: &maps, tables: &mut tables, filters: &mut inventory.objects.seccomp, blob };
+        let mut ctx = Context {
+            frozen,
+            maps: &maps,
+            tables: &mut tables,
+            filters: &mut inventory.objects.seccomp,
+            blob,
+        };
         let body = subject.body(fds.clone(), &mut ctx)?;
         fd_tables.push((process.pid, fds));
-        sources.push(Source { pid: process.pid, index: inventory.processes.len() });
+        sources.push(Source {
+            pid: process.pid,
+            index: inventory.processes.len(),
+        });
         inventory.processes.push(subject.process(&names, Some(body))?);
         zombies(process.pid, &names, &mut inventory.processes)?;
     }
-    let mut naming = files::Naming { init, tables: &mut tables, pipes: Vec::new(), console: None, blob };
+    let mut naming = files::Naming {
+        init,
+        tables: &mut tables,
+        pipes: Vec::new(),
+        console: None,
+        blob,
+        warnings: Vec::new(),
+    };
     inventory.descriptions = files::collect(&survey, &fd_tables, &mut naming)?;
     inventory.objects.pipes = naming.pipes;
+    inventory.warnings.append(&mut naming.warnings);
     if let Some(fd) = &naming.console {
         inventory.console = Some(console::collect(init, fd, |pid| names.inner(pid))?);
     }
     inventory.objects.mapped = tables.mapped;
     inventory.objects.shared = tables.shared.states;
-    Ok(Collected { inventory, sources, shared: tables.shared.sources })
+    Ok(Collected {
+        inventory,
+        sources,
+        shared: tables.shared.sources,
+    })
 }
 
 /// The processes that belong to init's tree, parents first. Others in the container were started by `exec`: they
@@ -118,13 +152,20 @@ fn members<'f>(frozen: &'f Frozen, init: Pid, warnings: &mut Vec<String>) -> Res
     while at < order.len() {
         let parent = order[at].pid;
         let children = proc::children(parent).about(parent, "children")?;
-        order.extend(children.iter().filter_map(|c| frozen.processes.iter().find(|p| p.pid == *c)));
+        order.extend(
+            children
+                .iter()
+                .filter_map(|c| frozen.processes.iter().find(|p| p.pid == *c)),
+        );
         at += 1;
     }
     for process in &frozen.processes {
         if !order.iter().any(|p| p.pid == process.pid) {
             let name = proc::stat(process.pid).map(|s| s.comm).unwrap_or_default();
-            warnings.push(format!("process {} ({name}) was started by exec and is not saved", process.pid));
+            warnings.push(format!(
+                "process {} ({name}) was started by exec and is not saved",
+                process.pid
+            ));
         }
     }
     Ok(order)
@@ -158,7 +199,10 @@ fn check_sharing(members: &[&FrozenProcess]) -> Result<()> {
         }
         for pair in sorted.windows(2) {
             if kcmp::same(pair[0], pair[1], kind).about(pair[0], "kcmp")? {
-                let why = format!("it shares its {name} with process {}, which is not carried yet", pair[1]);
+                let why = format!(
+                    "it shares its {name} with process {}, which is not carried yet",
+                    pair[1]
+                );
                 return Err(Error::unsupported(pair[0], name, why, ""));
             }
         }
@@ -170,7 +214,9 @@ fn check_sharing(members: &[&FrozenProcess]) -> Result<()> {
 /// Refused: a process in other namespaces than init.
 fn check_namespaces(pid: Pid, init: Pid) -> Result<()> {
     for kind in ["pid", "mnt", "net", "ipc", "uts", "user", "cgroup", "time"] {
-        let (Ok(own), Ok(its)) = (proc::namespace(pid, kind), proc::namespace(init, kind)) else { continue };
+        let (Ok(own), Ok(its)) = (proc::namespace(pid, kind), proc::namespace(init, kind)) else {
+            continue;
+        };
         if own != its {
             let why = "it has one of its own, which is not carried yet";
             return Err(Error::unsupported(pid, format!("{kind} namespace"), why, ""));
@@ -220,7 +266,12 @@ struct Before {
 
 /// A thread's questions.
 struct Asked {
-    process: Option<(signals::AskedProcess, settings::AskedProcess, [torpor_sys::remote::Data; 3], usize)>,
+    process: Option<(
+        signals::AskedProcess,
+        settings::AskedProcess,
+        [torpor_sys::remote::Data; 3],
+        usize,
+    )>,
     stack: torpor_sys::remote::Data,
     creds: usize,
     settings: settings::AskedThread,
@@ -231,7 +282,12 @@ impl<'f> Subject<'f> {
         let pid = frozen.pid;
         let status = proc::status(pid).about(pid, "status")?;
         if status.core_dumping {
-            return Err(Error::unsupported(pid, "core dump", "it is writing one", "wait until it has ended"));
+            return Err(Error::unsupported(
+                pid,
+                "core dump",
+                "it is writing one",
+                "wait until it has ended",
+            ));
         }
         Ok(Subject {
             frozen,
@@ -259,10 +315,15 @@ impl<'f> Subject<'f> {
         let pid = self.frozen.pid;
         let before = self.before()?;
         let inner = last(&self.status.ns_tgids);
-        let host = Host { pid, inner_pid: inner, busy_signals: busy(&before) };
+        let host = Host {
+            pid,
+            inner_pid: inner,
+            busy_signals: busy(&before),
+        };
         let leader = &before[0];
         let leader_inner = last(&leader.status.ns_pids);
-        let visit = Visit::begin(host, &self.memory, &self.vmas, leader.tid, leader_inner, TABLE).about(pid, "visit")?;
+        let visit =
+            Visit::begin(host, &self.memory, &self.vmas, leader.tid, leader_inner, TABLE).about(pid, "visit")?;
         let answers = self.ask_all(&before, &visit, ctx);
         let ended = visit.end(leader.tid, leader_inner).about(pid, "visit");
         let (threads, answers) = answers?;
@@ -295,7 +356,10 @@ impl<'f> Subject<'f> {
         before: &[Before],
         visit: &Visit<'_>,
         ctx: &mut Context<'_, '_>,
-    ) -> Result<(Vec<Thread>, (signals::ProcessState, settings::ProcessState, timers::State, u64))> {
+    ) -> Result<(
+        Vec<Thread>,
+        (signals::ProcessState, settings::ProcessState, timers::State, u64),
+    )> {
         let pid = self.frozen.pid;
         let mut threads = Vec::new();
         let mut of_process = None;
@@ -348,6 +412,7 @@ impl<'f> Subject<'f> {
 
 /// Signals that cannot be used as a marker: caught, blocked or pending in any thread.
 fn busy(threads: &[Before]) -> u64 {
-    let of_thread = |t: &Before| t.status.sig_caught | t.status.sig_blocked | t.status.sig_pending | t.status.shared_pending;
+    let of_thread =
+        |t: &Before| t.status.sig_caught | t.status.sig_blocked | t.status.sig_pending | t.status.shared_pending;
     threads.iter().map(of_thread).fold(0, |all, one| all | one)
 }

@@ -11,16 +11,35 @@ pub type Result<T> = std::result::Result<T, Error>;
 pub enum Error {
     /// State that cannot be carried. Nothing was changed.
     #[error("{}{object}: {why}{}", task(*pid), hint(remedy))]
-    Unsupported { stage: Option<Stage>, pid: Option<i32>, object: String, why: String, remedy: String },
+    Unsupported {
+        stage: Option<Stage>,
+        pid: Option<i32>,
+        object: String,
+        why: String,
+        remedy: String,
+    },
     /// The image asks for something that the container it is restored into does not grant.
     #[error("{}{object}: {why}", task(*pid))]
-    Refused { stage: Option<Stage>, pid: Option<i32>, object: String, why: String },
+    Refused {
+        stage: Option<Stage>,
+        pid: Option<i32>,
+        object: String,
+        why: String,
+    },
     /// A kernel call failed.
     #[error("{}{object}: {source}", task(*pid))]
-    Kernel { stage: Option<Stage>, pid: Option<i32>, object: String, source: torpor_sys::Error },
+    Kernel {
+        stage: Option<Stage>,
+        pid: Option<i32>,
+        object: String,
+        source: torpor_sys::Error,
+    },
     /// The image cannot be written or read.
     #[error("{source}")]
-    Image { stage: Option<Stage>, source: torpor_image::Error },
+    Image {
+        stage: Option<Stage>,
+        source: torpor_image::Error,
+    },
     /// Whoever asked for it is gone; everything was undone.
     #[error("interrupted: the command that asked for it is gone")]
     Cancelled { stage: Option<Stage> },
@@ -37,24 +56,42 @@ fn task(pid: Option<i32>) -> String {
 }
 
 fn hint(remedy: &str) -> String {
-    if remedy.is_empty() { String::new() } else { format!("; {remedy}") }
+    if remedy.is_empty() {
+        String::new()
+    } else {
+        format!("; {remedy}")
+    }
 }
 
 impl Error {
     /// State that cannot be carried.
     pub fn unsupported(pid: i32, object: impl Into<String>, why: impl Into<String>, remedy: &str) -> Error {
         let (object, why, remedy) = (object.into(), why.into(), remedy.into());
-        Error::Unsupported { stage: None, pid: Some(pid), object, why, remedy }
+        Error::Unsupported {
+            stage: None,
+            pid: Some(pid),
+            object,
+            why,
+            remedy,
+        }
     }
 
     /// More than the container grants.
     pub fn refused(pid: i32, object: impl Into<String>, why: impl Into<String>) -> Error {
-        Error::Refused { stage: None, pid: Some(pid), object: object.into(), why: why.into() }
+        Error::Refused {
+            stage: None,
+            pid: Some(pid),
+            object: object.into(),
+            why: why.into(),
+        }
     }
 
     /// The image contradicts itself.
     pub fn nonsense(what: impl Into<String>) -> Error {
-        Error::Nonsense { stage: None, what: what.into() }
+        Error::Nonsense {
+            stage: None,
+            what: what.into(),
+        }
     }
 
     fn stage_mut(&mut self) -> &mut Option<Stage> {
@@ -81,8 +118,14 @@ impl Error {
         match self {
             Error::Unsupported { .. } => "unsupported",
             Error::Refused { .. } => "refused-power",
-            Error::Kernel { source: torpor_sys::Error::Timeout { .. }, .. } => "freeze-timeout",
-            Error::Kernel { source: torpor_sys::Error::Died { .. }, .. } => "task-died",
+            Error::Kernel {
+                source: torpor_sys::Error::Timeout { .. },
+                ..
+            } => "freeze-timeout",
+            Error::Kernel {
+                source: torpor_sys::Error::Died { .. },
+                ..
+            } => "task-died",
             Error::Kernel { .. } => "kernel",
             Error::Image { source, .. } => source.code(),
             Error::Cancelled { .. } => "cancelled",
@@ -118,7 +161,12 @@ impl Error {
 
 impl From<torpor_sys::Error> for Error {
     fn from(source: torpor_sys::Error) -> Error {
-        Error::Kernel { stage: None, pid: source.pid(), object: "kernel".into(), source }
+        Error::Kernel {
+            stage: None,
+            pid: source.pid(),
+            object: "kernel".into(),
+            source,
+        }
     }
 }
 
@@ -136,6 +184,11 @@ pub trait About<T> {
 
 impl<T> About<T> for torpor_sys::Result<T> {
     fn about(self, pid: i32, object: impl Into<String>) -> Result<T> {
-        self.map_err(|source| Error::Kernel { stage: None, pid: Some(pid), object: object.into(), source })
+        self.map_err(|source| Error::Kernel {
+            stage: None,
+            pid: Some(pid),
+            object: object.into(),
+            source,
+        })
     }
 }

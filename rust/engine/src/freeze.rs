@@ -120,11 +120,14 @@ impl Frozen {
     /// One that a signal had stopped is left for after: seizing it waits for something that it can only do
     /// when it is thawed (kernel/ptrace.c, JOBCTL_TRAPPING).
     fn seize_frozen(&mut self, init: Pid) -> Result<()> {
-        let Some(freezer) = self.freezer.clone() else { return Ok(()) };
+        let Some(freezer) = self.freezer.clone() else {
+            return Ok(());
+        };
         let thaw = Thaw(&freezer);
         self.thawed = false;
         let pids = freezer.pids().about(init, "cgroup.procs")?;
-        pids.into_iter().try_for_each(|pid| self.seize_process(pid, |tid| !is_in_signal_stop(tid)))?;
+        pids.into_iter()
+            .try_for_each(|pid| self.seize_process(pid, |tid| !is_in_signal_stop(tid)))?;
         drop(thaw);
         self.thawed = true;
         self.wait_all()
@@ -133,7 +136,12 @@ impl Frozen {
     fn freeze_storm(&mut self, init: Pid) -> Result<()> {
         let Some(freezer) = self.freezer.clone() else {
             let why = "it makes processes faster than they can be stopped";
-            return Err(Error::unsupported(init, "fork storm", why, "give the container a cgroup of its own"));
+            return Err(Error::unsupported(
+                init,
+                "fork storm",
+                why,
+                "give the container a cgroup of its own",
+            ));
         };
         freezer.freeze(LIMIT).about(init, "freezer")?;
         self.seize_frozen(init)
@@ -202,7 +210,10 @@ impl Frozen {
         loop {
             let left = end.saturating_duration_since(Instant::now());
             match wait::until(tid, left).about(tid, "thread")? {
-                Event::Stopped { signal, event: ptrace::EVENT_STOP } => {
+                Event::Stopped {
+                    signal,
+                    event: ptrace::EVENT_STOP,
+                } => {
                     if signal != libc_sigtrap() {
                         self.stopped.insert(tid);
                     }
@@ -237,7 +248,10 @@ impl Frozen {
         let Some(&pid) = self.seized.get(&tid) else { return };
         match self.processes.iter_mut().find(|p| p.pid == pid) {
             Some(process) => process.threads.push(tid),
-            None => self.processes.push(FrozenProcess { pid, threads: vec![tid] }),
+            None => self.processes.push(FrozenProcess {
+                pid,
+                threads: vec![tid],
+            }),
         }
     }
 
@@ -281,7 +295,7 @@ impl Frozen {
             freezer.pause_later().about(0, "freezer")?;
         }
         let mut first_error = Ok(());
-        for (&tid, _) in &self.seized {
+        for &tid in self.seized.keys() {
             if let Err(e) = ptrace::detach(tid, 0)
                 && !ptrace::is_gone(&e)
                 && first_error.is_ok()
@@ -339,7 +353,12 @@ fn why_not_seized(pid: Pid, tid: Pid, error: torpor_sys::Error) -> Error {
         let why = format!("it is traced by process {tracer}, and a task has one tracer");
         return Error::unsupported(pid, "ptrace", why, "detach the debugger first");
     }
-    Error::Kernel { stage: None, pid: Some(pid), object: "ptrace".into(), source: error }
+    Error::Kernel {
+        stage: None,
+        pid: Some(pid),
+        object: "ptrace".into(),
+        source: error,
+    }
 }
 
 /// A process and all its descendants.
@@ -351,7 +370,11 @@ fn tree(init: Pid) -> Result<Vec<Pid>> {
         at += 1;
     }
     if proc::stat(init).is_err() {
-        return Err(torpor_sys::Error::Died { pid: init, how: "before it could be stopped".into() }).about(init, "init");
+        return Err(torpor_sys::Error::Died {
+            pid: init,
+            how: "before it could be stopped".into(),
+        })
+        .about(init, "init");
     }
     Ok(all)
 }

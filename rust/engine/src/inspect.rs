@@ -40,7 +40,10 @@ pub fn inspect(path: &Path) -> Result<Value> {
         .enumerate()
         .map(|(index, s)| json!({"object": s.kind, "size": s.size, "stored": pages_of(SHARED + index as u32) * PAGE_SIZE}))
         .collect();
-    let sections: Vec<Value> = image.sections().map(|s| json!({"name": s.name, "bytes": s.len})).collect();
+    let sections: Vec<Value> = image
+        .sections()
+        .map(|s| json!({"name": s.name, "bytes": s.len}))
+        .collect();
     Ok(json!({
         "path": image.path(),
         "bytes": image.len(),
@@ -63,8 +66,11 @@ fn process(process: &Process, inventory: &Inventory, stored: u64) -> Value {
         "zombie": process.zombie, "name": process.name,
     });
     let Some(body) = &process.body else { return value };
-    let threads: Vec<Value> =
-        body.threads.iter().map(|t| json!({"tid": t.tid, "name": t.settings.name})).collect();
+    let threads: Vec<Value> = body
+        .threads
+        .iter()
+        .map(|t| json!({"tid": t.tid, "name": t.settings.name}))
+        .collect();
     let files: Vec<Value> = body
         .fds
         .iter()
@@ -99,7 +105,12 @@ fn memory(body: &Body) -> Value {
 fn source_name(source: Source, inventory: &Inventory) -> String {
     match source {
         Source::Nothing => String::new(),
-        Source::File(i) => inventory.objects.mapped.get(i).map(|m| m.path.clone()).unwrap_or_default(),
+        Source::File(i) => inventory
+            .objects
+            .mapped
+            .get(i)
+            .map(|m| m.path.clone())
+            .unwrap_or_default(),
         Source::Shared(i) => format!("shared object {i}"),
     }
 }

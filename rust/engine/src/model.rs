@@ -86,6 +86,10 @@ pub struct Thread {
 impl Inventory {
     /// Number of threads of all living processes.
     pub fn tasks(&self) -> usize {
-        self.processes.iter().filter_map(|p| p.body.as_ref()).map(|b| b.threads.len()).sum()
+        self.processes
+            .iter()
+            .filter_map(|p| p.body.as_ref())
+            .map(|b| b.threads.len())
+            .sum()
     }
 }

@@ -3,9 +3,9 @@
 use std::collections::BTreeSet;
 
 use serde_json::Value;
+use torpor_sys::Pid;
 use torpor_sys::mem::Memory;
 use torpor_sys::proc::{self, Limits};
-use torpor_sys::Pid;
 
 use crate::error::{About, Error, Result};
 use crate::kinds::{creds, settings, vdso};
@@ -28,11 +28,46 @@ const CAP_SETUID: u64 = 7;
 
 /// Names of capabilities by number (linux/capability.h).
 const CAPABILITIES: [&str; 41] = [
-    "CHOWN", "DAC_OVERRIDE", "DAC_READ_SEARCH", "FOWNER", "FSETID", "KILL", "SETGID", "SETUID", "SETPCAP",
-    "LINUX_IMMUTABLE", "NET_BIND_SERVICE", "NET_BROADCAST", "NET_ADMIN", "NET_RAW", "IPC_LOCK", "IPC_OWNER",
-    "SYS_MODULE", "SYS_RAWIO", "SYS_CHROOT", "SYS_PTRACE", "SYS_PACCT", "SYS_ADMIN", "SYS_BOOT", "SYS_NICE",
-    "SYS_RESOURCE", "SYS_TIME", "SYS_TTY_CONFIG", "MKNOD", "LEASE", "AUDIT_WRITE", "AUDIT_CONTROL", "SETFCAP",
-    "MAC_OVERRIDE", "MAC_ADMIN", "SYSLOG", "WAKE_ALARM", "BLOCK_SUSPEND", "AUDIT_READ", "PERFMON", "BPF",
+    "CHOWN",
+    "DAC_OVERRIDE",
+    "DAC_READ_SEARCH",
+    "FOWNER",
+    "FSETID",
+    "KILL",
+    "SETGID",
+    "SETUID",
+    "SETPCAP",
+    "LINUX_IMMUTABLE",
+    "NET_BIND_SERVICE",
+    "NET_BROADCAST",
+    "NET_ADMIN",
+    "NET_RAW",
+    "IPC_LOCK",
+    "IPC_OWNER",
+    "SYS_MODULE",
+    "SYS_RAWIO",
+    "SYS_CHROOT",
+    "SYS_PTRACE",
+    "SYS_PACCT",
+    "SYS_ADMIN",
+    "SYS_BOOT",
+    "SYS_NICE",
+    "SYS_RESOURCE",
+    "SYS_TIME",
+    "SYS_TTY_CONFIG",
+    "MKNOD",
+    "LEASE",
+    "AUDIT_WRITE",
+    "AUDIT_CONTROL",
+    "SETFCAP",
+    "MAC_OVERRIDE",
+    "MAC_ADMIN",
+    "SYSLOG",
+    "WAKE_ALARM",
+    "BLOCK_SUSPEND",
+    "AUDIT_READ",
+    "PERFMON",
+    "BPF",
     "CHECKPOINT_RESTORE",
 ];
 
@@ -41,7 +76,12 @@ fn mask(names: &Value) -> u64 {
         let name = name.as_str()?.strip_prefix("CAP_")?;
         CAPABILITIES.iter().position(|c| *c == name)
     };
-    names.as_array().into_iter().flatten().filter_map(number).fold(0, |all, n| all | 1 << n)
+    names
+        .as_array()
+        .into_iter()
+        .flatten()
+        .filter_map(number)
+        .fold(0, |all, n| all | 1 << n)
 }
 
 impl Bounds {
@@ -49,7 +89,11 @@ impl Bounds {
     pub fn of(spec: &Value) -> Bounds {
         let process = &spec["process"];
         let sets = &process["capabilities"];
-        let capabilities = if sets.is_null() { u64::MAX } else { mask(&sets["bounding"]) };
+        let capabilities = if sets.is_null() {
+            u64::MAX
+        } else {
+            mask(&sets["bounding"])
+        };
         let uid = process["user"]["uid"].as_u64().and_then(|u| u32::try_from(u).ok());
         Bounds {
             capabilities,
@@ -80,7 +124,12 @@ pub fn plan(inventory: &Inventory, init: Pid, bounds: &Bounds) -> Result<()> {
     if inner != wanted {
         let (inner, wanted) = (inner.unwrap_or(0), wanted.unwrap_or(0));
         let why = format!("the image's first process has id {wanted}, in the container it has {inner}");
-        return Err(Error::unsupported(wanted, "pid", why, "give the container a pid namespace of its own"));
+        return Err(Error::unsupported(
+            wanted,
+            "pid",
+            why,
+            "give the container a pid namespace of its own",
+        ));
     }
     Ok(())
 }
@@ -105,7 +154,10 @@ fn shape(inventory: &Inventory) -> Result<()> {
     for (at, process) in inventory.processes.iter().enumerate() {
         let orphan = at > 0 && !known.contains(&process.ppid);
         if orphan || process.pid <= 0 || !known.insert(process.pid) {
-            return Err(Error::nonsense(format!("process {} has no place in the tree", process.pid)));
+            return Err(Error::nonsense(format!(
+                "process {} has no place in the tree",
+                process.pid
+            )));
         }
         let Some(body) = &process.body else { continue };
         if body.threads.first().map(|t| t.tid) != Some(process.pid) {
@@ -116,10 +168,20 @@ fn shape(inventory: &Inventory) -> Result<()> {
         }
         let sorted = body.memory.areas.windows(2).all(|w| w[0].end <= w[1].start);
         if !sorted || body.memory.areas.iter().any(|a| a.start >= a.end) {
-            return Err(Error::nonsense(format!("process {} has mappings that overlap", process.pid)));
+            return Err(Error::nonsense(format!(
+                "process {} has mappings that overlap",
+                process.pid
+            )));
         }
-        if body.fds.iter().any(|d| d.description >= inventory.descriptions.len() || d.fd < 0) {
-            return Err(Error::nonsense(format!("process {} has a descriptor of nothing", process.pid)));
+        if body
+            .fds
+            .iter()
+            .any(|d| d.description >= inventory.descriptions.len() || d.fd < 0)
+        {
+            return Err(Error::nonsense(format!(
+                "process {} has a descriptor of nothing",
+                process.pid
+            )));
         }
     }
     if inventory.processes.first().is_none_or(|p| p.body.is_none()) {
@@ -137,7 +199,10 @@ mod tests {
         let spec = serde_json::json!({"process": {"user": {"uid": 7}, "noNewPrivileges": true,
             "capabilities": {"bounding": ["CAP_CHOWN", "CAP_KILL"]}}});
         let bounds = Bounds::of(&spec);
-        assert_eq!((bounds.capabilities, bounds.no_new_privs, bounds.only_uid), (0b10_0001, true, Some(7)));
+        assert_eq!(
+            (bounds.capabilities, bounds.no_new_privs, bounds.only_uid),
+            (0b10_0001, true, Some(7))
+        );
         assert!(!bounds.seccomp);
         assert_eq!(Bounds::of(&Value::Null).capabilities, u64::MAX);
     }

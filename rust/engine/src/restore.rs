@@ -10,11 +10,11 @@ use torpor_sys::ptrace::{self, Options};
 
 use crate::build::{self, Objects, Skeleton};
 use crate::error::{About, Result};
+use crate::fill;
 use crate::kinds::shared;
 use crate::model::Inventory;
 use crate::plan::{self, Bounds};
 use crate::stage::{Cancel, Run, Stage, Timing};
-use crate::fill;
 
 /// What to do.
 #[derive(Debug, Deserialize)]
@@ -60,7 +60,9 @@ pub fn restore(request: &Request, cancel: &Cancel, on_loaded: &mut dyn FnMut() -
     })?;
     let (skeleton, objects) = run.stage(Stage::Build, || build::build(&inventory, &image, request.pid, cancel))?;
     let bytes = run.stage(Stage::Fill, || fill::fill(&skeleton, &inventory, &image, cancel))?;
-    run.stage(Stage::Resume, || resume(skeleton, objects, &inventory, &image, on_loaded))?;
+    run.stage(Stage::Resume, || {
+        resume(skeleton, objects, &inventory, &image, on_loaded)
+    })?;
     Ok(Report {
         pid: request.pid,
         tasks: inventory.tasks(),
@@ -108,7 +110,10 @@ fn resume(
 /// Processes that were stopped by a signal stop again before they run.
 fn stop_again(skeleton: &Skeleton, inventory: &Inventory) -> Result<()> {
     for process in &inventory.processes {
-        let stopped = process.body.as_ref().is_some_and(|b| b.threads.iter().any(|t| t.signals.stopped));
+        let stopped = process
+            .body
+            .as_ref()
+            .is_some_and(|b| b.threads.iter().any(|t| t.signals.stopped));
         if stopped {
             fork::kill(skeleton.site(process.pid)?.tid(), libc::SIGSTOP).about(process.pid, "SIGSTOP")?;
         }

@@ -65,7 +65,11 @@ impl Cancel {
     /// # Errors
     /// [`Error::Cancelled`] once asked for.
     pub fn check(&self) -> Result<()> {
-        if self.0.load(Ordering::Acquire) { Err(Error::Cancelled { stage: None }) } else { Ok(()) }
+        if self.0.load(Ordering::Acquire) {
+            Err(Error::Cancelled { stage: None })
+        } else {
+            Ok(())
+        }
     }
 }
 
@@ -80,7 +84,10 @@ pub struct Run<'c> {
 impl<'c> Run<'c> {
     /// Nothing run yet.
     pub fn new(cancel: &'c Cancel) -> Run<'c> {
-        Run { cancel, timings: Vec::new() }
+        Run {
+            cancel,
+            timings: Vec::new(),
+        }
     }
 
     /// Runs one stage: its errors carry its name.

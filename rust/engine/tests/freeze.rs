@@ -25,7 +25,9 @@ impl Subject {
             path
         });
         // The shell joins the group before it does anything else.
-        let join = group.as_ref().map_or(String::new(), |g| format!("echo $$ > {}/cgroup.procs;", g.display()));
+        let join = group
+            .as_ref()
+            .map_or(String::new(), |g| format!("echo $$ > {}/cgroup.procs;", g.display()));
         let child = Command::new("/bin/sh")
             .args(["-c", &format!("{join} {script}")])
             .stdout(Stdio::null())
@@ -59,9 +61,12 @@ impl Drop for Subject {
                 Some(g) => Freezer::at(g, false).pids().unwrap_or_default(),
                 None => self.tree(),
             };
-            let _ = alive.iter().map(|p| fork::kill(*p, 9)).count();
+            alive.iter().for_each(|p| drop(fork::kill(*p, 9)));
             let _ = self.child.try_wait();
-            let removed = self.group.as_ref().is_none_or(|g| fs::remove_dir(g).is_ok() || !g.exists());
+            let removed = self
+                .group
+                .as_ref()
+                .is_none_or(|g| fs::remove_dir(g).is_ok() || !g.exists());
             if removed || Instant::now() > end {
                 break;
             }
@@ -194,7 +199,10 @@ fn a_traced_process_is_refused_by_name() {
     std::thread::sleep(Duration::from_millis(50));
     let error = freeze(subject.pid()).unwrap_err();
     assert_eq!(error.code(), "unsupported");
-    assert!(error.to_string().contains(&format!("traced by process {tracer}")), "{error}");
+    assert!(
+        error.to_string().contains(&format!("traced by process {tracer}")),
+        "{error}"
+    );
     fork::kill(tracer, 9).unwrap();
     fork::wait_child(tracer).unwrap();
     assert_eq!(state(subject.pid()), 'S');

@@ -34,7 +34,13 @@ impl From<torpor_engine::Error> for Failure {
 impl Failure {
     /// A failure that no stage of the engine knows.
     pub fn new(code: &str, message: impl Into<String>) -> Failure {
-        Failure { code: code.into(), stage: None, pid: None, object: None, message: message.into() }
+        Failure {
+            code: code.into(),
+            stage: None,
+            pid: None,
+            object: None,
+            message: message.into(),
+        }
     }
 
     /// The exception, of the class that `torpor.errors` has for the code.

@@ -83,7 +83,11 @@ fn freezer(pid: i32) -> Result<Freezer, torpor_engine::Error> {
 fn set_frozen(py: Python<'_>, pid: i32, frozen: bool) -> PyResult<()> {
     let result = py.detach(|| {
         let freezer = freezer(pid)?;
-        let done = if frozen { freezer.freeze(Duration::from_secs(10)) } else { freezer.thaw() };
+        let done = if frozen {
+            freezer.freeze(Duration::from_secs(10))
+        } else {
+            freezer.thaw()
+        };
         done.about(pid, "freezer")
     });
     result.map_err(|e| Failure::from(e).raise(py))

@@ -68,7 +68,11 @@ fn start(work: impl FnOnce(&mut Caller, &Cancel) -> Message) -> Result<Tracer, F
     let failed = |e: torpor_sys::Error| Failure::new("kernel", e.to_string());
     let (ours, theirs) = fork::socket_pair().map_err(failed)?;
     let pid = fork::fork(|| in_tracer(theirs, work)).map_err(failed)?;
-    Ok(Tracer { pid, socket: File::from(ours), pending: Vec::new() })
+    Ok(Tracer {
+        pid,
+        socket: File::from(ours),
+        pending: Vec::new(),
+    })
 }
 
 fn in_tracer(socket: OwnedFd, work: impl FnOnce(&mut Caller, &Cancel) -> Message) -> i32 {
@@ -132,19 +136,30 @@ struct Aftermath {
 
 impl Aftermath {
     fn of(init: Pid, image: Option<&Path>) -> Aftermath {
-        let was_frozen = Freezer::of(init).ok().flatten().is_some_and(|f| f.is_frozen().unwrap_or(false));
+        let was_frozen = Freezer::of(init)
+            .ok()
+            .flatten()
+            .is_some_and(|f| f.is_frozen().unwrap_or(false));
         let mut new_dirs = Vec::new();
         let mut dir = image;
         while let Some(d) = dir.filter(|d| !d.as_os_str().is_empty() && !d.exists()) {
             new_dirs.push(d.to_path_buf());
             dir = d.parent();
         }
-        Aftermath { init, was_frozen, new_dirs }
+        Aftermath {
+            init,
+            was_frozen,
+            new_dirs,
+        }
     }
 
     fn put_right(&self) {
         if let Ok(Some(freezer)) = Freezer::of(self.init) {
-            let _ = if self.was_frozen { freezer.freeze(Duration::from_secs(10)) } else { freezer.thaw() };
+            let _ = if self.was_frozen {
+                freezer.freeze(Duration::from_secs(10))
+            } else {
+                freezer.thaw()
+            };
         }
         for dir in &self.new_dirs {
             // Only what is empty goes.
@@ -238,7 +253,9 @@ pub fn restore(py: Python<'_>, request: &str, on_loaded: &Py<PyAny>) -> PyResult
 /// Removes a half restored container whose owner is gone.
 fn clean_up(orphan: &Orphan) {
     if !orphan.argv.is_empty() {
-        let _ = std::process::Command::new(&orphan.argv0_path).args(&orphan.argv[1..]).status();
+        let _ = std::process::Command::new(&orphan.argv0_path)
+            .args(&orphan.argv[1..])
+            .status();
     }
     for path in &orphan.remove {
         let _ = std::fs::remove_dir_all(path);

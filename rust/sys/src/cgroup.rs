@@ -16,7 +16,11 @@ pub struct Freezer {
 
 fn mount_of(mounts: &[proc::Mount], v2: bool) -> Option<PathBuf> {
     let fits = |m: &&proc::Mount| {
-        if v2 { m.fs_type == "cgroup2" } else { m.fs_type == "cgroup" && m.super_options.split(',').any(|o| o == "freezer") }
+        if v2 {
+            m.fs_type == "cgroup2"
+        } else {
+            m.fs_type == "cgroup" && m.super_options.split(',').any(|o| o == "freezer")
+        }
     };
     mounts.iter().find(fits).map(|m| m.point.clone().into())
 }
@@ -33,9 +37,15 @@ impl Freezer {
         let theirs = proc::cgroup(pid)?;
         for v2 in [false, true] {
             let fits = |e: &&proc::CgroupEntry| {
-                if v2 { e.controllers.is_empty() } else { e.controllers.iter().any(|c| c == "freezer") }
+                if v2 {
+                    e.controllers.is_empty()
+                } else {
+                    e.controllers.iter().any(|c| c == "freezer")
+                }
             };
-            let (Some(entry), Some(root)) = (theirs.iter().find(fits), mount_of(&mounts, v2)) else { continue };
+            let (Some(entry), Some(root)) = (theirs.iter().find(fits), mount_of(&mounts, v2)) else {
+                continue;
+            };
             let is_ours = own.iter().find(fits).is_some_and(|o| within(&o.path, &entry.path));
             if entry.path == "/" || is_ours {
                 continue;
@@ -83,7 +93,10 @@ impl Freezer {
     /// [`Error::Timeout`] after `limit`; the group is thawed again then.
     pub fn freeze(&self, limit: Duration) -> Result<()> {
         let end = Instant::now() + limit;
-        self.write(if self.v2 { "cgroup.freeze" } else { "freezer.state" }, if self.v2 { "1" } else { "FROZEN" })?;
+        self.write(
+            if self.v2 { "cgroup.freeze" } else { "freezer.state" },
+            if self.v2 { "1" } else { "FROZEN" },
+        )?;
         let mut pause = Duration::from_micros(50);
         while !self.is_settled()? {
             if Instant::now() > end {
@@ -113,19 +126,35 @@ impl Freezer {
     fn stuck(&self) -> Error {
         let pids = self.pids().unwrap_or_default();
         let state = |pid: &Pid| proc::stat(*pid).map(|s| s.state).unwrap_or('?');
-        let pid = pids.iter().copied().find(|p| state(p) == 'D').or(pids.first().copied()).unwrap_or(0);
+        let pid = pids
+            .iter()
+            .copied()
+            .find(|p| state(p) == 'D')
+            .or(pids.first().copied())
+            .unwrap_or(0);
         let wchan = fs::read_to_string(format!("/proc/{pid}/wchan")).unwrap_or_default();
-        Error::Timeout { pid, ms: 10_000, state: state(&pid).to_string(), wchan }
+        Error::Timeout {
+            pid,
+            ms: 10_000,
+            state: state(&pid).to_string(),
+            wchan,
+        }
     }
 
     /// Asks for the group to be frozen without waiting: its tasks freeze when their tracer lets them go.
     pub fn pause_later(&self) -> Result<()> {
-        self.write(if self.v2 { "cgroup.freeze" } else { "freezer.state" }, if self.v2 { "1" } else { "FROZEN" })
+        self.write(
+            if self.v2 { "cgroup.freeze" } else { "freezer.state" },
+            if self.v2 { "1" } else { "FROZEN" },
+        )
     }
 
     /// Lets the group run.
     pub fn thaw(&self) -> Result<()> {
-        self.write(if self.v2 { "cgroup.freeze" } else { "freezer.state" }, if self.v2 { "0" } else { "THAWED" })
+        self.write(
+            if self.v2 { "cgroup.freeze" } else { "freezer.state" },
+            if self.v2 { "0" } else { "THAWED" },
+        )
     }
 
     /// The processes of the group and of the groups below it.
@@ -141,8 +170,15 @@ impl Freezer {
 fn collect_pids(dir: &Path, all: &mut Vec<Pid>) -> Result<()> {
     let path = dir.join("cgroup.procs");
     let text = fs::read_to_string(&path).map_err(|e| Error::io("read", path.display(), &e))?;
-    all.extend(text.lines().filter_map(|l| l.trim().parse::<Pid>().ok()).filter(|p| *p != 0));
-    for entry in fs::read_dir(dir).map_err(|e| Error::io("open", dir.display(), &e))?.flatten() {
+    all.extend(
+        text.lines()
+            .filter_map(|l| l.trim().parse::<Pid>().ok())
+            .filter(|p| *p != 0),
+    );
+    for entry in fs::read_dir(dir)
+        .map_err(|e| Error::io("open", dir.display(), &e))?
+        .flatten()
+    {
         if entry.file_type().is_ok_and(|t| t.is_dir()) {
             collect_pids(&entry.path(), all)?;
         }

@@ -69,13 +69,21 @@ pub enum Error {
 impl Error {
     /// The error of the call that just failed on this thread.
     pub fn last(call: &'static str, object: impl ToString) -> Error {
-        Error::Call { call, object: object.to_string(), errno: Errno::last() }
+        Error::Call {
+            call,
+            object: object.to_string(),
+            errno: Errno::last(),
+        }
     }
 
     /// Wraps an [`std::io::Error`] of a file operation.
     pub fn io(call: &'static str, object: impl ToString, error: &std::io::Error) -> Error {
         let errno = Errno::from_raw(error.raw_os_error().unwrap_or(libc::EIO));
-        Error::Call { call, object: object.to_string(), errno }
+        Error::Call {
+            call,
+            object: object.to_string(),
+            errno,
+        }
     }
 
     /// The error number, where a kernel call failed.
@@ -101,5 +109,9 @@ impl Error {
 
 /// Turns the -1 convention of libc into a result.
 pub(crate) fn check(ret: i64, call: &'static str, object: impl ToString) -> Result<i64> {
-    if ret < 0 { Err(Error::last(call, object)) } else { Ok(ret) }
+    if ret < 0 {
+        Err(Error::last(call, object))
+    } else {
+        Ok(ret)
+    }
 }

@@ -37,7 +37,10 @@ fn from_stat(st: &libc::stat) -> FileId {
         rdev: st.st_rdev,
         uid: st.st_uid,
         gid: st.st_gid,
-        mtime: st.st_mtime.saturating_mul(1_000_000_000).saturating_add(st.st_mtime_nsec),
+        mtime: st
+            .st_mtime
+            .saturating_mul(1_000_000_000)
+            .saturating_add(st.st_mtime_nsec),
     }
 }
 
@@ -62,7 +65,10 @@ pub fn stat_path(path: &str) -> Result<FileId> {
 }
 
 fn c_string(path: &str) -> Result<std::ffi::CString> {
-    std::ffi::CString::new(path).map_err(|_| Error::Parse { file: "path".into(), text: path.into() })
+    std::ffi::CString::new(path).map_err(|_| Error::Parse {
+        file: "path".into(),
+        text: path.into(),
+    })
 }
 
 /// open(2) with close-on-exec.
@@ -123,7 +129,12 @@ pub fn pipe_content(fd: impl AsFd) -> Result<Vec<Vec<u8>>> {
     fcntl(&writer, libc::F_SETPIPE_SZ, size.into())?;
     // SAFETY: plain descriptors and numbers.
     let copied = unsafe {
-        libc::tee(fd.as_fd().as_raw_fd(), writer.as_raw_fd(), usize::MAX >> 1, libc::SPLICE_F_NONBLOCK)
+        libc::tee(
+            fd.as_fd().as_raw_fd(),
+            writer.as_raw_fd(),
+            usize::MAX >> 1,
+            libc::SPLICE_F_NONBLOCK,
+        )
     };
     check(copied as i64, "tee", "pipe")?;
     drop(writer);
@@ -139,7 +150,10 @@ pub fn pipe_content(fd: impl AsFd) -> Result<Vec<Vec<u8>>> {
     }
     let total: usize = pieces.iter().map(Vec::len).sum();
     if total != len as usize {
-        return Err(Error::Parse { file: "pipe".into(), text: format!("{total} of {len} bytes") });
+        return Err(Error::Parse {
+            file: "pipe".into(),
+            text: format!("{total} of {len} bytes"),
+        });
     }
     Ok(pieces)
 }
@@ -148,7 +162,8 @@ pub fn pipe_content(fd: impl AsFd) -> Result<Vec<Vec<u8>>> {
 pub fn pipe() -> Result<(OwnedFd, OwnedFd)> {
     let mut fds = [0; 2];
     // SAFETY: room for two descriptors.
-    check(unsafe { libc::pipe2(fds.as_mut_ptr(), libc::O_CLOEXEC) }.into(), "pipe2", "")?;
+    let ret = unsafe { libc::pipe2(fds.as_mut_ptr(), libc::O_CLOEXEC) };
+    check(ret.into(), "pipe2", "")?;
     // SAFETY: the kernel just gave us both.
     Ok(unsafe { (OwnedFd::from_raw_fd(fds[0]), OwnedFd::from_raw_fd(fds[1])) })
 }
@@ -182,8 +197,13 @@ pub fn send_fds(socket: impl AsFd, fds: &[&OwnedFd]) -> Result<()> {
     let raw: Vec<i32> = fds.iter().map(|f| f.as_raw_fd()).collect();
     let byte = [std::io::IoSlice::new(b"f")];
     let rights = [ControlMessage::ScmRights(&raw)];
-    sendmsg::<()>(socket.as_fd().as_raw_fd(), &byte, &rights, MsgFlags::empty(), None)
-        .map_err(|errno| Error::Call { call: "sendmsg", object: format!("{} descriptors", raw.len()), errno })?;
+    sendmsg::<()>(socket.as_fd().as_raw_fd(), &byte, &rights, MsgFlags::empty(), None).map_err(|errno| {
+        Error::Call {
+            call: "sendmsg",
+            object: format!("{} descriptors", raw.len()),
+            errno,
+        }
+    })?;
     Ok(())
 }
 
@@ -195,7 +215,13 @@ pub fn open_in_root(root: impl AsFd, path: &str, flags: i32) -> Result<OwnedFd> 
     let how = [(flags | libc::O_CLOEXEC) as u64, 0, RESOLVE_IN_ROOT];
     // SAFETY: c is a C string and how has the layout of struct open_how.
     let fd = unsafe {
-        libc::syscall(libc::SYS_openat2, root.as_fd().as_raw_fd(), c.as_ptr(), how.as_ptr(), size_of_val(&how))
+        libc::syscall(
+            libc::SYS_openat2,
+            root.as_fd().as_raw_fd(),
+            c.as_ptr(),
+            how.as_ptr(),
+            size_of_val(&how),
+        )
     };
     let fd = check(fd, "openat2", path)?;
     // SAFETY: the kernel just gave us this descriptor.
@@ -284,7 +310,11 @@ pub fn set_owner(fd: impl AsFd, mode: u32, uid: u32, gid: u32) -> Result<()> {
 
 /// What poll(2) says of a file right now.
 pub fn poll_now(fd: impl AsFd) -> i16 {
-    let mut poll = libc::pollfd { fd: fd.as_fd().as_raw_fd(), events: libc::POLLIN | libc::POLLOUT, revents: 0 };
+    let mut poll = libc::pollfd {
+        fd: fd.as_fd().as_raw_fd(),
+        events: libc::POLLIN | libc::POLLOUT,
+        revents: 0,
+    };
     // SAFETY: one valid pollfd.
     unsafe { libc::poll(&raw mut poll, 1, 0) };
     poll.revents
@@ -292,7 +322,10 @@ pub fn poll_now(fd: impl AsFd) -> i16 {
 
 /// Lets this process have as many descriptors as it may.
 pub fn raise_limit() {
-    let mut limit = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
+    let mut limit = libc::rlimit {
+        rlim_cur: 0,
+        rlim_max: 0,
+    };
     // SAFETY: limit is room for the result, then the value to set.
     unsafe {
         libc::getrlimit(libc::RLIMIT_NOFILE, &raw mut limit);
@@ -308,7 +341,13 @@ pub fn socket_domain(fd: impl AsFd) -> Result<i32> {
     let mut len: libc::socklen_t = 4;
     // SAFETY: domain and len are room for the result.
     let ret = unsafe {
-        libc::getsockopt(fd, libc::SOL_SOCKET, libc::SO_DOMAIN, (&raw mut domain).cast(), &raw mut len)
+        libc::getsockopt(
+            fd,
+            libc::SOL_SOCKET,
+            libc::SO_DOMAIN,
+            (&raw mut domain).cast(),
+            &raw mut len,
+        )
     };
     check(ret.into(), "getsockopt", fd)?;
     Ok(domain)
@@ -318,5 +357,8 @@ pub fn socket_domain(fd: impl AsFd) -> Result<i32> {
 pub fn list(directory: impl AsFd) -> Result<Vec<String>> {
     let path = format!("/proc/self/fd/{}", directory.as_fd().as_raw_fd());
     let entries = std::fs::read_dir(&path).map_err(|e| Error::io("open", &path, &e))?;
-    Ok(entries.flatten().filter_map(|e| e.file_name().into_string().ok()).collect())
+    Ok(entries
+        .flatten()
+        .filter_map(|e| e.file_name().into_string().ok())
+        .collect())
 }

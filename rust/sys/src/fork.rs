@@ -52,7 +52,11 @@ pub fn become_independent(name: &std::ffi::CStr, keep: &[RawFd]) -> Result<()> {
 }
 
 fn close_all_but(keep: &[RawFd]) -> Result<()> {
-    let mut keep: Vec<u32> = keep.iter().filter_map(|f| u32::try_from(*f).ok()).filter(|f| *f > 2).collect();
+    let mut keep: Vec<u32> = keep
+        .iter()
+        .filter_map(|f| u32::try_from(*f).ok())
+        .filter(|f| *f > 2)
+        .collect();
     keep.sort_unstable();
     let mut from = 3u32;
     for fd in keep.into_iter().chain([u32::MAX]) {
@@ -71,7 +75,12 @@ pub fn socket_pair() -> Result<(OwnedFd, OwnedFd)> {
     let mut fds = [0; 2];
     // SAFETY: room for two descriptors.
     let ret = unsafe {
-        libc::socketpair(libc::AF_UNIX, libc::SOCK_STREAM | libc::SOCK_CLOEXEC, 0, fds.as_mut_ptr())
+        libc::socketpair(
+            libc::AF_UNIX,
+            libc::SOCK_STREAM | libc::SOCK_CLOEXEC,
+            0,
+            fds.as_mut_ptr(),
+        )
     };
     check(ret.into(), "socketpair", "tracer")?;
     // SAFETY: the kernel just gave us both.
@@ -80,7 +89,11 @@ pub fn socket_pair() -> Result<(OwnedFd, OwnedFd)> {
 
 /// Waits until `fd` can be read or its other end is gone. True for the latter.
 pub fn wait_hangup(fd: &OwnedFd) -> bool {
-    let mut poll = libc::pollfd { fd: fd.as_raw_fd(), events: libc::POLLRDHUP, revents: 0 };
+    let mut poll = libc::pollfd {
+        fd: fd.as_raw_fd(),
+        events: libc::POLLRDHUP,
+        revents: 0,
+    };
     loop {
         // SAFETY: one valid pollfd.
         let ret = unsafe { libc::poll(&raw mut poll, 1, -1) };
@@ -132,7 +145,11 @@ pub fn exec(program: &std::ffi::CStr, args: &[std::ffi::CString]) -> crate::Erro
 
 /// Reads what there is, waiting at most `ms` milliseconds. Empty at the end, `None` when the time ran out.
 pub fn read_for(file: &std::fs::File, ms: i32) -> Result<Option<Vec<u8>>> {
-    let mut poll = libc::pollfd { fd: file.as_raw_fd(), events: libc::POLLIN, revents: 0 };
+    let mut poll = libc::pollfd {
+        fd: file.as_raw_fd(),
+        events: libc::POLLIN,
+        revents: 0,
+    };
     // SAFETY: one valid pollfd.
     if unsafe { libc::poll(&raw mut poll, 1, ms) } <= 0 {
         return Ok(None);

@@ -21,8 +21,7 @@ pub enum Kind {
 /// Orders the objects of two tasks; equal means shared. The order is stable while both live.
 pub fn order(a: Pid, b: Pid, kind: Kind, fd_a: i32, fd_b: i32) -> Result<std::cmp::Ordering> {
     // SAFETY: plain numbers only.
-    let ret =
-        unsafe { libc::syscall(libc::SYS_kcmp, a, b, kind as i32, fd_a as u64, fd_b as u64) };
+    let ret = unsafe { libc::syscall(libc::SYS_kcmp, a, b, kind as i32, fd_a as u64, fd_b as u64) };
     Ok(match check(ret, "kcmp", format!("{a}, {b}"))? {
         0 => std::cmp::Ordering::Equal,
         1 => std::cmp::Ordering::Less,

@@ -72,10 +72,16 @@ impl Memory {
     }
 
     fn vm_read(&self, ranges: &[(RemoteAddr, u64)], out: &mut [u8]) -> Result<usize> {
-        let local = libc::iovec { iov_base: out.as_mut_ptr().cast(), iov_len: out.len() };
+        let local = libc::iovec {
+            iov_base: out.as_mut_ptr().cast(),
+            iov_len: out.len(),
+        };
         let remote: Vec<libc::iovec> = ranges
             .iter()
-            .map(|&(a, n)| libc::iovec { iov_base: a as *mut _, iov_len: n as usize })
+            .map(|&(a, n)| libc::iovec {
+                iov_base: a as *mut _,
+                iov_len: n as usize,
+            })
             .collect();
         // SAFETY: `local` covers exactly `out`; the remote addresses are only used by the kernel.
         let ret = unsafe {
@@ -100,14 +106,16 @@ impl Memory {
         let mut done = 0usize;
         while done < data.len() {
             let rest = &data[done..];
-            let local =
-                libc::iovec { iov_base: rest.as_ptr().cast_mut().cast(), iov_len: rest.len() };
-            let remote =
-                libc::iovec { iov_base: (address + done as u64) as *mut _, iov_len: rest.len() };
-            // SAFETY: `local` covers exactly `rest`, which the kernel only reads.
-            let ret = unsafe {
-                libc::process_vm_writev(self.pid, &raw const local, 1, &raw const remote, 1, 0)
+            let local = libc::iovec {
+                iov_base: rest.as_ptr().cast_mut().cast(),
+                iov_len: rest.len(),
             };
+            let remote = libc::iovec {
+                iov_base: (address + done as u64) as *mut _,
+                iov_len: rest.len(),
+            };
+            // SAFETY: `local` covers exactly `rest`, which the kernel only reads.
+            let ret = unsafe { libc::process_vm_writev(self.pid, &raw const local, 1, &raw const remote, 1, 0) };
             let what = format!("{} at {:#x}", self.pid, address + done as u64);
             done += check(ret as i64, "process_vm_writev", what)? as usize;
         }

@@ -19,7 +19,10 @@ pub fn within<T: Send>(pid: Pid, kinds: &[&str], look: impl FnOnce() -> Result<T
             look()
         });
         thread.join().unwrap_or_else(|_| {
-            Err(Error::Unsuitable { pid, why: "the thread that looks into its namespaces died".into() })
+            Err(Error::Unsuitable {
+                pid,
+                why: "the thread that looks into its namespaces died".into(),
+            })
         })
     })
 }

@@ -53,7 +53,11 @@ impl Pagemap {
     pub fn open(pid: Pid) -> Result<Pagemap> {
         let path = format!("/proc/{pid}/pagemap");
         let file = File::open(&path).map_err(|e| Error::io("open", &path, &e))?;
-        let mut map = Pagemap { pid, file, can_scan: true };
+        let mut map = Pagemap {
+            pid,
+            file,
+            can_scan: true,
+        };
         map.can_scan = map.scan(0, PAGE_SIZE, &mut Vec::new()).is_ok();
         Ok(map)
     }
@@ -66,7 +70,11 @@ impl Pagemap {
     /// The ranges of [start, end) whose pages belong to the process alone and hold data: present or swapped
     /// out, not the zero page, not a page of a file. Adjacent ranges come as one. `out` is appended to.
     pub fn private_data(&self, start: u64, end: u64, out: &mut Vec<(u64, u64)>) -> Result<()> {
-        if self.can_scan { self.scan(start, end, out) } else { self.walk(start, end, out) }
+        if self.can_scan {
+            self.scan(start, end, out)
+        } else {
+            self.walk(start, end, out)
+        }
     }
 
     fn scan(&self, start: u64, end: u64, out: &mut Vec<(u64, u64)>) -> Result<()> {

@@ -17,8 +17,7 @@ pub fn open(pid: Pid) -> Result<OwnedFd> {
 /// A descriptor of ours for an open file of another process (pidfd_getfd(2)).
 pub fn get_fd(pidfd: impl AsFd, fd: i32) -> Result<OwnedFd> {
     // SAFETY: plain numbers; the result is a descriptor that we own.
-    let ret =
-        unsafe { libc::syscall(libc::SYS_pidfd_getfd, pidfd.as_fd().as_raw_fd(), fd, 0) };
+    let ret = unsafe { libc::syscall(libc::SYS_pidfd_getfd, pidfd.as_fd().as_raw_fd(), fd, 0) };
     let fd = check(ret, "pidfd_getfd", fd)?;
     // SAFETY: the kernel just gave us this descriptor.
     Ok(unsafe { OwnedFd::from_raw_fd(fd as i32) })
@@ -42,8 +41,11 @@ pub fn send_signal(pidfd: impl AsFd, signal: i32) -> Result<()> {
 
 /// Waits until the process has ended, at most `ms` milliseconds. False when the time ran out.
 pub fn wait_end(pidfd: impl AsFd, ms: i32) -> bool {
-    let mut poll =
-        libc::pollfd { fd: pidfd.as_fd().as_raw_fd(), events: libc::POLLIN, revents: 0 };
+    let mut poll = libc::pollfd {
+        fd: pidfd.as_fd().as_raw_fd(),
+        events: libc::POLLIN,
+        revents: 0,
+    };
     // SAFETY: one valid pollfd.
     unsafe { libc::poll(&raw mut poll, 1, ms) > 0 }
 }

@@ -27,7 +27,9 @@ pub fn all() -> BTreeMap<&'static str, Ability> {
     let me = std::process::id() as i32;
     let mounts = proc::mountinfo(me).unwrap_or_default();
     let cgroup = |kind: &str, option: &str| {
-        mounts.iter().any(|m| m.fs_type == kind && (option.is_empty() || m.super_options.split(',').any(|o| o == option)))
+        mounts
+            .iter()
+            .any(|m| m.fs_type == kind && (option.is_empty() || m.super_options.split(',').any(|o| o == option)))
     };
     let file = |path: &str| std::path::Path::new(path).exists();
     let table: [(&'static str, bool, &'static str); 13] = [
@@ -36,7 +38,11 @@ pub fn all() -> BTreeMap<&'static str, Ability> {
         ("raise-limits", may_raise_limits(), "CAP_SYS_RESOURCE in CapEff"),
         ("pidfd", pidfd::open(me).is_ok(), "pidfd_open(2)"),
         ("pagemap", pagemap::Pagemap::open(me).is_ok(), "/proc/self/pagemap"),
-        ("pagemap-scan", pagemap::Pagemap::open(me).is_ok_and(|p| p.can_scan()), "PAGEMAP_SCAN ioctl"),
+        (
+            "pagemap-scan",
+            pagemap::Pagemap::open(me).is_ok_and(|p| p.can_scan()),
+            "PAGEMAP_SCAN ioctl",
+        ),
         ("proc-mem", mem::Memory::open(me).is_ok(), "/proc/self/mem"),
         ("children", file("/proc/self/task"), "/proc/PID/task/TID/children"),
         ("time-namespace", file("/proc/self/ns/time"), "/proc/self/ns/time"),
@@ -45,5 +51,8 @@ pub fn all() -> BTreeMap<&'static str, Ability> {
         ("cgroup-v2", cgroup("cgroup2", ""), "mountinfo"),
         ("dev-null", fd::open("/dev/null", libc::O_RDWR).is_ok(), "open(2)"),
     ];
-    table.into_iter().map(|(name, ok, how)| (name, Ability { ok, how })).collect()
+    table
+        .into_iter()
+        .map(|(name, ok, how)| (name, Ability { ok, how }))
+        .collect()
 }

@@ -11,7 +11,10 @@ fn read(path: &str) -> Result<String> {
 }
 
 fn bad(file: &str, text: &str) -> Error {
-    Error::Parse { file: file.into(), text: text.chars().take(120).collect() }
+    Error::Parse {
+        file: file.into(),
+        text: text.chars().take(120).collect(),
+    }
 }
 
 /// The fields of /proc/PID/stat that describe a task and its address space.
@@ -121,13 +124,32 @@ pub struct Status {
 
 /// Parses /proc/PID/status. Fields that an older kernel lacks keep their default.
 pub fn parse_status(text: &str) -> Option<Status> {
-    let mut s = Status { thp_enabled: true, ..Status::default() };
+    let mut s = Status {
+        thp_enabled: true,
+        ..Status::default()
+    };
     for line in text.lines() {
-        let Some((key, value)) = line.split_once(':') else { continue };
+        let Some((key, value)) = line.split_once(':') else {
+            continue;
+        };
         let value = value.trim();
         let hex = || u64::from_str_radix(value, 16).ok();
-        let ids = || value.split_ascii_whitespace().map(str::parse).collect::<std::result::Result<Vec<_>, _>>().ok();
-        let four = || <[u32; 4]>::try_from(value.split_ascii_whitespace().map_while(|v| v.parse().ok()).collect::<Vec<u32>>()).ok();
+        let ids = || {
+            value
+                .split_ascii_whitespace()
+                .map(str::parse)
+                .collect::<std::result::Result<Vec<_>, _>>()
+                .ok()
+        };
+        let four = || {
+            <[u32; 4]>::try_from(
+                value
+                    .split_ascii_whitespace()
+                    .map_while(|v| v.parse().ok())
+                    .collect::<Vec<u32>>(),
+            )
+            .ok()
+        };
         match key {
             "Umask" => s.umask = u32::from_str_radix(value, 8).ok()?,
             "Uid" => s.uids = four()?,
@@ -231,7 +253,10 @@ fn parse_vma_line(line: &str) -> Option<Vma> {
         exec: *perms.get(2)? == b'x',
         shared: *perms.get(3)? == b's',
         offset: hex(offset)?,
-        dev: (u32::from_str_radix(major, 16).ok()?, u32::from_str_radix(minor, 16).ok()?),
+        dev: (
+            u32::from_str_radix(major, 16).ok()?,
+            u32::from_str_radix(minor, 16).ok()?,
+        ),
         inode: inode.parse().ok()?,
         name: rest.trim_start().into(),
         flags: Vec::new(),
@@ -247,8 +272,10 @@ pub fn parse_maps(text: &str) -> Option<Vec<Vma>> {
             all.push(parse_vma_line(line)?);
         } else if let Some(flags) = line.strip_prefix("VmFlags:") {
             let vma = all.last_mut()?;
-            vma.flags =
-                flags.split_ascii_whitespace().filter_map(|f| f.as_bytes().try_into().ok()).collect();
+            vma.flags = flags
+                .split_ascii_whitespace()
+                .filter_map(|f| f.as_bytes().try_into().ok())
+                .collect();
         }
     }
     Some(all)
@@ -319,7 +346,10 @@ pub struct FdInfo {
 impl FdInfo {
     /// The value of the first line `key: value`.
     pub fn get(&self, key: &str) -> Option<&str> {
-        self.lines.iter().find_map(|l| l.strip_prefix(key)?.strip_prefix(':')).map(str::trim)
+        self.lines
+            .iter()
+            .find_map(|l| l.strip_prefix(key)?.strip_prefix(':'))
+            .map(str::trim)
     }
 }
 
@@ -432,7 +462,10 @@ pub fn parse_cgroup(text: &str) -> Option<Vec<CgroupEntry>> {
             let mut parts = line.splitn(3, ':').skip(1);
             let names = parts.next()?;
             let controllers = names.split(',').filter(|n| !n.is_empty()).map(String::from).collect();
-            Some(CgroupEntry { controllers, path: parts.next()?.into() })
+            Some(CgroupEntry {
+                controllers,
+                path: parts.next()?.into(),
+            })
         })
         .collect()
 }
@@ -451,10 +484,22 @@ pub type Limits = [(u64, u64); 16];
 pub fn parse_limits(text: &str) -> Option<Limits> {
     // The names that the kernel prints (fs/proc/base.c, lnames), by RLIMIT_* number.
     const NAMES: [&str; 16] = [
-        "Max cpu time", "Max file size", "Max data size", "Max stack size", "Max core file size",
-        "Max resident set", "Max processes", "Max open files", "Max locked memory",
-        "Max address space", "Max file locks", "Max pending signals", "Max msgqueue size",
-        "Max nice priority", "Max realtime priority", "Max realtime timeout",
+        "Max cpu time",
+        "Max file size",
+        "Max data size",
+        "Max stack size",
+        "Max core file size",
+        "Max resident set",
+        "Max processes",
+        "Max open files",
+        "Max locked memory",
+        "Max address space",
+        "Max file locks",
+        "Max pending signals",
+        "Max msgqueue size",
+        "Max nice priority",
+        "Max realtime priority",
+        "Max realtime timeout",
     ];
     let mut limits = [(u64::MAX, u64::MAX); 16];
     for (slot, name) in limits.iter_mut().zip(NAMES) {
@@ -491,7 +536,9 @@ pub fn link(path: &str) -> Result<String> {
 pub fn namespace(pid: Pid, kind: &str) -> Result<u64> {
     let path = format!("/proc/{pid}/ns/{kind}");
     let text = link(&path)?;
-    let number = text.split_once('[').and_then(|(_, n)| n.trim_end_matches(']').parse().ok());
+    let number = text
+        .split_once('[')
+        .and_then(|(_, n)| n.trim_end_matches(']').parse().ok());
     number.ok_or_else(|| bad(&path, &text))
 }
 
@@ -542,12 +589,18 @@ mod tests {
     fn mount_points_are_unescaped() {
         let line = "36 35 98:0 /m\\0401 /mnt\\011x rw,noatime master:1 - ext3 /dev/root rw,errors=continue";
         let m = &parse_mountinfo(line).unwrap()[0];
-        assert_eq!((m.root.as_str(), m.point.as_str(), m.fs_type.as_str()), ("/m 1", "/mnt\tx", "ext3"));
+        assert_eq!(
+            (m.root.as_str(), m.point.as_str(), m.fs_type.as_str()),
+            ("/m 1", "/mnt\tx", "ext3")
+        );
     }
 
     #[test]
     fn maps_names_keep_their_spaces() {
         let v = &parse_maps("00400000-00452000 r-xs 00001000 08:02 173521      /a b (deleted)\n").unwrap()[0];
-        assert_eq!((v.name.as_str(), v.shared, v.offset, v.inode), ("/a b (deleted)", true, 0x1000, 173_521));
+        assert_eq!(
+            (v.name.as_str(), v.shared, v.offset, v.inode),
+            ("/a b (deleted)", true, 0x1000, 173_521)
+        );
     }
 }

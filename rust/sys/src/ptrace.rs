@@ -91,7 +91,13 @@ pub fn detach(tid: Pid, signal: i32) -> Result<()> {
 /// The number that came with the last ptrace event.
 pub fn event_message(tid: Pid) -> Result<u64> {
     let mut message: u64 = 0;
-    request("PTRACE_GETEVENTMSG", libc::PTRACE_GETEVENTMSG, tid, 0, (&raw mut message) as usize)?;
+    request(
+        "PTRACE_GETEVENTMSG",
+        libc::PTRACE_GETEVENTMSG,
+        tid,
+        0,
+        (&raw mut message) as usize,
+    )?;
     Ok(message)
 }
 
@@ -105,14 +111,23 @@ pub fn regs(tid: Pid) -> Result<Regs> {
 
 /// Sets the general registers, the segment bases included.
 pub fn set_regs(tid: Pid, regs: &Regs) -> Result<()> {
-    request("PTRACE_SETREGS", libc::PTRACE_SETREGS, tid, 0, std::ptr::from_ref(regs) as usize)
-        .map(drop)
+    request(
+        "PTRACE_SETREGS",
+        libc::PTRACE_SETREGS,
+        tid,
+        0,
+        std::ptr::from_ref(regs) as usize,
+    )
+    .map(drop)
 }
 
 /// The extended state (x87, SSE, AVX, AVX-512, PKRU, AMX) in the layout of XSAVE.
 pub fn xstate(tid: Pid) -> Result<Vec<u8>> {
     let mut buf = vec![0u8; 64 * 1024];
-    let mut iov = libc::iovec { iov_base: buf.as_mut_ptr().cast(), iov_len: buf.len() };
+    let mut iov = libc::iovec {
+        iov_base: buf.as_mut_ptr().cast(),
+        iov_len: buf.len(),
+    };
     request(
         "PTRACE_GETREGSET",
         libc::PTRACE_GETREGSET,
@@ -126,7 +141,10 @@ pub fn xstate(tid: Pid) -> Result<Vec<u8>> {
 
 /// Sets the extended state from what [`xstate`] gave.
 pub fn set_xstate(tid: Pid, state: &[u8]) -> Result<()> {
-    let iov = libc::iovec { iov_base: state.as_ptr().cast_mut().cast(), iov_len: state.len() };
+    let iov = libc::iovec {
+        iov_base: state.as_ptr().cast_mut().cast(),
+        iov_len: state.len(),
+    };
     request(
         "PTRACE_SETREGSET",
         libc::PTRACE_SETREGSET,
@@ -155,7 +173,13 @@ pub type SigInfo = [u8; 128];
 /// The signal that the task is stopped for.
 pub fn siginfo(tid: Pid) -> Result<SigInfo> {
     let mut info: SigInfo = [0; 128];
-    request("PTRACE_GETSIGINFO", libc::PTRACE_GETSIGINFO, tid, 0, info.as_mut_ptr() as usize)?;
+    request(
+        "PTRACE_GETSIGINFO",
+        libc::PTRACE_GETSIGINFO,
+        tid,
+        0,
+        info.as_mut_ptr() as usize,
+    )?;
     Ok(info)
 }
 
@@ -170,8 +194,11 @@ pub fn pending(tid: Pid, of_process: bool) -> Result<Vec<SigInfo>> {
     const BLOCK: usize = 32;
     let mut all = Vec::new();
     loop {
-        let args =
-            Args { offset: all.len() as u64, flags: u32::from(of_process), count: BLOCK as i32 };
+        let args = Args {
+            offset: all.len() as u64,
+            flags: u32::from(of_process),
+            count: BLOCK as i32,
+        };
         let mut block = [[0u8; 128]; BLOCK];
         let got = request(
             "PTRACE_PEEKSIGINFO",
@@ -209,7 +236,13 @@ pub fn rseq(tid: Pid) -> Result<Option<Rseq>> {
         flags: u32,
         pad: u32,
     }
-    let mut config = Config { address: 0, size: 0, signature: 0, flags: 0, pad: 0 };
+    let mut config = Config {
+        address: 0,
+        size: 0,
+        signature: 0,
+        flags: 0,
+        pad: 0,
+    };
     let ret = request(
         "PTRACE_GET_RSEQ_CONFIGURATION",
         GET_RSEQ_CONFIGURATION,
@@ -262,7 +295,10 @@ pub fn seccomp_filter(tid: Pid, index: u64) -> Result<Option<SeccompFilter>> {
         16,
         metadata.as_mut_ptr() as usize,
     )?;
-    Ok(Some(SeccompFilter { program, flags: metadata[1] }))
+    Ok(Some(SeccompFilter {
+        program,
+        flags: metadata[1],
+    }))
 }
 
 /// The thread's robust futex list: head address and length (get_robust_list(2)).
@@ -270,8 +306,7 @@ pub fn robust_list(tid: Pid) -> Result<(RemoteAddr, u64)> {
     let mut head: u64 = 0;
     let mut len: u64 = 0;
     // SAFETY: both results have a valid place.
-    let ret =
-        unsafe { libc::syscall(libc::SYS_get_robust_list, tid, &raw mut head, &raw mut len) };
+    let ret = unsafe { libc::syscall(libc::SYS_get_robust_list, tid, &raw mut head, &raw mut len) };
     check(ret, "get_robust_list", tid)?;
     Ok((head, len))
 }

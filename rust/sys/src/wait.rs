@@ -31,7 +31,10 @@ fn decode(status: i32) -> Event {
     } else if libc::WIFSIGNALED(status) {
         Event::Killed(libc::WTERMSIG(status))
     } else if libc::WIFSTOPPED(status) {
-        Event::Stopped { signal: (status >> 8) & 0xff, event: status >> 16 }
+        Event::Stopped {
+            signal: (status >> 8) & 0xff,
+            event: status >> 16,
+        }
     } else {
         Event::Continued
     }
@@ -104,7 +107,12 @@ pub fn until(tid: Pid, limit: Duration) -> Result<Event> {
 fn timeout(tid: Pid, limit: Duration) -> Error {
     let state = proc::stat(tid).map_or_else(|_| "?".into(), |s| s.state.to_string());
     let wchan = std::fs::read_to_string(format!("/proc/{tid}/wchan")).unwrap_or_default();
-    Error::Timeout { pid: tid, ms: limit.as_millis().try_into().unwrap_or(u64::MAX), state, wchan }
+    Error::Timeout {
+        pid: tid,
+        ms: limit.as_millis().try_into().unwrap_or(u64::MAX),
+        state,
+        wchan,
+    }
 }
 
 /// Waits until all these tracees have ended, letting those run that stop on the way; what is left after `limit`

@@ -61,7 +61,16 @@ fn stop(pid: Pid) {
     ptrace::seize(pid, Options::NONE).unwrap();
     ptrace::interrupt(pid).unwrap();
     let event = wait::until(pid, Duration::from_secs(5)).unwrap();
-    assert!(matches!(event, Event::Stopped { event: ptrace::EVENT_STOP, .. }), "{event:?}");
+    assert!(
+        matches!(
+            event,
+            Event::Stopped {
+                event: ptrace::EVENT_STOP,
+                ..
+            }
+        ),
+        "{event:?}"
+    );
 }
 
 fn visit(pid: Pid) {
@@ -69,14 +78,22 @@ fn visit(pid: Pid) {
     let busy = status.sig_caught | status.sig_blocked | status.sig_pending | status.shared_pending;
     let memory = Memory::open(pid).unwrap();
     let vmas = proc::maps(pid).unwrap();
-    let host = Host { pid, inner_pid: pid, busy_signals: busy };
+    let host = Host {
+        pid,
+        inner_pid: pid,
+        busy_signals: busy,
+    };
     let visit = Visit::begin(host, &memory, &vmas, pid, pid, 64 * 1024).unwrap();
     let mut batch = Batch::new();
     let room = batch.room(8);
     let own = batch.must("getpid", libc::SYS_getpid, []);
     let bad = batch.may("close", libc::SYS_close, [(-1).into()]);
     let twice = batch.must("getpgid", libc::SYS_getpgid, [torpor_sys::remote::Arg::Result(own)]);
-    batch.must("PR_GET_PDEATHSIG", libc::SYS_prctl, [libc::PR_GET_PDEATHSIG.into(), room.into()]);
+    batch.must(
+        "PR_GET_PDEATHSIG",
+        libc::SYS_prctl,
+        [libc::PR_GET_PDEATHSIG.into(), room.into()],
+    );
     let results = visit.run(pid, pid, &batch).unwrap();
     assert_eq!(results.raw(own), i64::from(pid));
     assert_eq!(results.raw(bad), -i64::from(libc::EBADF));
@@ -122,7 +139,19 @@ fn a_batch_that_must_succeed_stops_at_the_first_failure() {
     let pid = echo.pid();
     let memory = Memory::open(pid).unwrap();
     let vmas = proc::maps(pid).unwrap();
-    let visit = Visit::begin(Host { pid, inner_pid: pid, busy_signals: 0 }, &memory, &vmas, pid, pid, 4096).unwrap();
+    let visit = Visit::begin(
+        Host {
+            pid,
+            inner_pid: pid,
+            busy_signals: 0,
+        },
+        &memory,
+        &vmas,
+        pid,
+        pid,
+        4096,
+    )
+    .unwrap();
     let mut batch = Batch::new();
     batch.must("getpid", libc::SYS_getpid, []);
     batch.must("closing nothing", libc::SYS_close, [(-1).into()]);
@@ -156,6 +185,10 @@ fn a_program_whose_tracer_is_killed_works_on() {
     }
     // A table that was in place when the tracer died was unmapped on the way home.
     assert_eq!(proc::status(echo.pid()).unwrap().sig_blocked, 0);
-    let count = proc::maps(echo.pid()).unwrap().iter().filter(|v| v.len() == 64 * 1024 && v.name.is_empty()).count();
+    let count = proc::maps(echo.pid())
+        .unwrap()
+        .iter()
+        .filter(|v| v.len() == 64 * 1024 && v.name.is_empty())
+        .count();
     assert_eq!(count, 0, "tables were left");
 }

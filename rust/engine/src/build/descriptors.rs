@@ -61,11 +61,19 @@ impl Skeleton {
 
     /// Closes what was sent.
     pub(super) fn close_temporary(&self, batch: &mut Batch) {
-        batch.must("close_range", libc::SYS_close_range, [(self.base + 1).into(), u32::MAX.into(), 0.into()]);
+        batch.must(
+            "close_range",
+            libc::SYS_close_range,
+            [(self.base + 1).into(), u32::MAX.into(), 0.into()],
+        );
     }
 
     /// Closes everything of ours, the transport included.
     pub(super) fn close_ours(&self, batch: &mut Batch) {
-        batch.must("close_range", libc::SYS_close_range, [self.base.into(), u32::MAX.into(), 0.into()]);
+        batch.must(
+            "close_range",
+            libc::SYS_close_range,
+            [self.base.into(), u32::MAX.into(), 0.into()],
+        );
     }
 }

@@ -93,7 +93,11 @@ impl Skeleton {
         wait_stop(init)?;
         ptrace::set_sigmask(init, !(1 << (libc::SIGTRAP - 1))).about(init, "init")?;
         let vmas = proc::maps(init).about(init, "maps")?;
-        let kernel: Vec<(u64, u64)> = vmas.iter().filter(|v| vdso::is_part(v)).map(|v| (v.start, v.len())).collect();
+        let kernel: Vec<(u64, u64)> = vmas
+            .iter()
+            .filter(|v| vdso::is_part(v))
+            .map(|v| (v.start, v.len()))
+            .collect();
         let bodies = || inventory.processes.iter().filter_map(|p| p.body.as_ref());
         let mut taken: Vec<(u64, u64)> = vmas.iter().map(|v| (v.start, v.end)).collect();
         taken.extend(bodies().flat_map(|b| b.memory.areas.iter().map(|a| (a.start, a.end))));
@@ -131,14 +135,24 @@ impl Skeleton {
     fn leave_rseq(&mut self, syscall_at: u64) -> Result<()> {
         const UNREGISTER: u64 = 1;
         if let Some(rseq) = ptrace::rseq(self.init).about(self.init, "rseq")? {
-            let args = [rseq.address, rseq.length.into(), UNREGISTER, rseq.signature.into(), 0, 0];
+            let args = [
+                rseq.address,
+                rseq.length.into(),
+                UNREGISTER,
+                rseq.signature.into(),
+                0,
+                0,
+            ];
             site::call_at(self.init, syscall_at, libc::SYS_rseq, args).about(self.init, "rseq")?;
         }
         Ok(())
     }
 
     fn root(&self) -> Result<&Site> {
-        self.sites.values().find(|s| s.tid() == self.init).ok_or_else(|| Error::nonsense("no init"))
+        self.sites
+            .values()
+            .find(|s| s.tid() == self.init)
+            .ok_or_else(|| Error::nonsense("no init"))
     }
 
     /// Takes everything from the blank process but the stub and the kernel's parts.
@@ -148,7 +162,11 @@ impl Skeleton {
         keep.sort_unstable();
         let mut batch = Batch::new();
         memory::clear(&mut batch, &keep);
-        batch.must("close_range", libc::SYS_close_range, [0.into(), u32::MAX.into(), 0.into()]);
+        batch.must(
+            "close_range",
+            libc::SYS_close_range,
+            [0.into(), u32::MAX.into(), 0.into()],
+        );
         batch.must("set_robust_list", libc::SYS_set_robust_list, [0.into(), 24.into()]);
         batch.must("set_tid_address", libc::SYS_set_tid_address, [0.into()]);
         self.root()?.run(&batch).about(self.init, "blank process").map(drop)
@@ -163,13 +181,25 @@ impl Skeleton {
         bytes.extend_from_slice(&limit.1.to_le_bytes());
         let new = batch.data(&bytes);
         let which = libc::RLIMIT_NOFILE;
-        batch.must("prlimit64", libc::SYS_prlimit64, [0.into(), which.into(), new.into(), 0.into()]);
+        batch.must(
+            "prlimit64",
+            libc::SYS_prlimit64,
+            [0.into(), which.into(), new.into(), 0.into()],
+        );
         let pair = batch.room(8);
         let kind = libc::SOCK_SEQPACKET | libc::SOCK_CLOEXEC;
-        batch.must("socketpair", libc::SYS_socketpair, [libc::AF_UNIX.into(), kind.into(), 0.into(), pair.into()]);
+        batch.must(
+            "socketpair",
+            libc::SYS_socketpair,
+            [libc::AF_UNIX.into(), kind.into(), 0.into(), pair.into()],
+        );
         let ours = torpor_sys::remote::Arg::Word(pair);
         let theirs = torpor_sys::remote::Arg::Word(pair.skip(4));
-        batch.must("dup3", libc::SYS_dup3, [theirs, self.base.into(), libc::O_CLOEXEC.into()]);
+        batch.must(
+            "dup3",
+            libc::SYS_dup3,
+            [theirs, self.base.into(), libc::O_CLOEXEC.into()],
+        );
         batch.must("close", libc::SYS_close, [theirs]);
         // The other end has to be pulled out before it is closed, so it is closed by the next batch.
         let results = self.root()?.run(&batch).about(self.init, "transport")?;
@@ -184,7 +214,9 @@ impl Skeleton {
 
     /// The site of a process.
     pub fn site(&self, pid: i32) -> Result<&Site> {
-        self.sites.get(&pid).ok_or_else(|| Error::nonsense(format!("no process {pid}")))
+        self.sites
+            .get(&pid)
+            .ok_or_else(|| Error::nonsense(format!("no process {pid}")))
     }
 
     /// Every thread of the tree, as our pid namespace numbers it.
@@ -201,7 +233,10 @@ impl Skeleton {
 fn wait_stop(tid: Pid) -> Result<()> {
     loop {
         match wait::until(tid, LIMIT).about(tid, "init")? {
-            Event::Stopped { event: ptrace::EVENT_STOP, .. } => return Ok(()),
+            Event::Stopped {
+                event: ptrace::EVENT_STOP,
+                ..
+            } => return Ok(()),
             Event::Stopped { signal, event: 0 } => ptrace::interrupt_again(tid, signal).about(tid, "init")?,
             Event::Stopped { .. } => ptrace::interrupt_again(tid, 0).about(tid, "init")?,
             Event::Continued => {}

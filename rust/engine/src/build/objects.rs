@@ -56,12 +56,18 @@ pub(super) fn rebuild(skeleton: &Skeleton, inventory: &Inventory, image: &Reader
     }
     let mapped = mapped(skeleton, inventory)?;
     let descriptions = descriptions(skeleton, inventory, image, &shared)?;
-    Ok(Objects { descriptions, shared, mapped })
+    Ok(Objects {
+        descriptions,
+        shared,
+        mapped,
+    })
 }
 
 /// The bytes of a shared object, from the image's page cache into its own.
 fn fill(file: &OwnedFd, image: &Reader, space: u32, size: u64) -> Result<()> {
-    let file = file.try_clone().map_err(|e| torpor_sys::Error::io("dup", "shared object", &e));
+    let file = file
+        .try_clone()
+        .map_err(|e| torpor_sys::Error::io("dup", "shared object", &e));
     let file = std::fs::File::from(file.about(1, "shared object")?);
     for run in image.runs_of(space).iter().filter(|r| !r.is_zero()) {
         let data = Mapping::of(image.file(), run.offset, (run.pages * PAGE_SIZE) as usize).about(1, "image")?;
@@ -88,7 +94,12 @@ fn mapped(skeleton: &Skeleton, inventory: &Inventory) -> Result<Vec<OwnedFd>> {
     Ok(opened)
 }
 
-fn descriptions(skeleton: &Skeleton, inventory: &Inventory, image: &Reader, shared: &[OwnedFd]) -> Result<Vec<OwnedFd>> {
+fn descriptions(
+    skeleton: &Skeleton,
+    inventory: &Inventory,
+    image: &Reader,
+    shared: &[OwnedFd],
+) -> Result<Vec<OwnedFd>> {
     let pipes = pipes(skeleton, inventory, image)?;
     let mut paths = named(skeleton, &inventory.descriptions)?.into_iter();
     let mut sockets = Sockets::rebuild(skeleton, &inventory.descriptions, image)?;
@@ -98,7 +109,9 @@ fn descriptions(skeleton: &Skeleton, inventory: &Inventory, image: &Reader, shar
             Object::Path(_) => paths.next().ok_or_else(|| Error::nonsense("a file was not opened"))?,
             Object::Stdio { index } => standard(skeleton, *index)?,
             Object::Shared { index } => {
-                let base = shared.get(*index).ok_or_else(|| Error::nonsense("a shared object is missing"))?;
+                let base = shared
+                    .get(*index)
+                    .ok_or_else(|| Error::nonsense("a shared object is missing"))?;
                 let file = fd::reopen(base, description.flags & OPEN_FLAGS).about(1, "shared object")?;
                 fd::seek(&file, description.pos).about(1, "shared object")?;
                 file
@@ -109,8 +122,14 @@ fn descriptions(skeleton: &Skeleton, inventory: &Inventory, image: &Reader, shar
             }
             Object::Eventfd(state) => eventfd::rebuild(state)?,
             Object::Epoll(_) => fd::epoll().about(1, "epoll")?,
-            Object::Unix(_) => sockets.unix.next().ok_or_else(|| Error::nonsense("a socket is missing"))?,
-            Object::Inet(_) => sockets.inet.next().ok_or_else(|| Error::nonsense("a socket is missing"))?,
+            Object::Unix(_) => sockets
+                .unix
+                .next()
+                .ok_or_else(|| Error::nonsense("a socket is missing"))?,
+            Object::Inet(_) => sockets
+                .inet
+                .next()
+                .ok_or_else(|| Error::nonsense("a socket is missing"))?,
         };
         set_flags(&fd, description)?;
         all.push(fd);
@@ -138,9 +157,17 @@ fn set_flags(fd: &OwnedFd, description: &Description) -> Result<()> {
 fn standard(skeleton: &Skeleton, index: usize) -> Result<OwnedFd> {
     let stream = skeleton.stdio.get(index).and_then(Option::as_ref);
     let stream = stream.ok_or_else(|| {
-        Error::unsupported(1, format!("standard stream {index}"), "the new container has none to connect to", "")
+        Error::unsupported(
+            1,
+            format!("standard stream {index}"),
+            "the new container has none to connect to",
+            "",
+        )
     })?;
-    stream.try_clone().map_err(|e| torpor_sys::Error::io("dup", "standard stream", &e)).about(1, "standard stream")
+    stream
+        .try_clone()
+        .map_err(|e| torpor_sys::Error::io("dup", "standard stream", &e))
+        .about(1, "standard stream")
 }
 
 /// Both ends of every pipe; a FIFO is open for both in one.
@@ -151,8 +178,14 @@ fn pipes(skeleton: &Skeleton, inventory: &Inventory, image: &Reader) -> Result<V
             None => fd::pipe().about(1, "pipe")?,
             Some(path) => {
                 let wanted = [(path.clone(), libc::O_RDWR | libc::O_NONBLOCK)];
-                let fifo = skeleton.open_inside(&wanted)?.pop().ok_or_else(|| Error::nonsense("a FIFO was not opened"))?;
-                (fd::reopen(&fifo, libc::O_RDONLY | libc::O_NONBLOCK).about(1, path)?, fifo)
+                let fifo = skeleton
+                    .open_inside(&wanted)?
+                    .pop()
+                    .ok_or_else(|| Error::nonsense("a FIFO was not opened"))?;
+                (
+                    fd::reopen(&fifo, libc::O_RDONLY | libc::O_NONBLOCK).about(1, path)?,
+                    fifo,
+                )
             }
         };
         pipe::fill(state, &ends.1, &image.blob(state.content)?)?;
@@ -163,7 +196,11 @@ fn pipes(skeleton: &Skeleton, inventory: &Inventory, image: &Reader) -> Result<V
 
 /// One more open file description for an end of a pipe.
 fn pipe_end(ends: &(OwnedFd, OwnedFd), flags: i32) -> Result<OwnedFd> {
-    let end = if flags & libc::O_ACCMODE == libc::O_RDONLY { &ends.0 } else { &ends.1 };
+    let end = if flags & libc::O_ACCMODE == libc::O_RDONLY {
+        &ends.0
+    } else {
+        &ends.1
+    };
     fd::reopen(end, flags & (libc::O_ACCMODE | libc::O_NONBLOCK)).about(1, "pipe")
 }
 
@@ -175,8 +212,10 @@ fn named(skeleton: &Skeleton, descriptions: &[Description]) -> Result<Vec<OwnedF
             _ => None,
         })
         .collect();
-    let wanted: Vec<(String, i32)> =
-        states.iter().map(|(d, s)| (s.path.clone(), d.flags & OPEN_FLAGS)).collect();
+    let wanted: Vec<(String, i32)> = states
+        .iter()
+        .map(|(d, s)| (s.path.clone(), d.flags & OPEN_FLAGS))
+        .collect();
     let opened = skeleton.open_inside(&wanted)?;
     for (file, (description, state)) in opened.iter().zip(states) {
         check_named(file, description, state)?;
@@ -187,13 +226,19 @@ fn named(skeleton: &Skeleton, descriptions: &[Description]) -> Result<Vec<OwnedF
 fn check_named(file: &OwnedFd, description: &Description, state: &PathState) -> Result<()> {
     let now = fd::stat(file).about(1, &state.path)?;
     if now.kind() != state.mode & libc::S_IFMT {
-        return Err(Error::unsupported(1, format!("file {}", state.path), "it is of another type now", ""));
+        return Err(Error::unsupported(
+            1,
+            format!("file {}", state.path),
+            "it is of another type now",
+            "",
+        ));
     }
     let is_file = now.kind() == libc::S_IFREG;
     let reads = description.flags & libc::O_ACCMODE == libc::O_RDONLY && description.flags & libc::O_PATH == 0;
     // What /proc and /sys show has no size of its own.
     files::check_unchanged(1, &state.path, state.size, is_file && reads && state.size > 0, &now)?;
-    if description.flags & libc::O_PATH == 0 && (is_file || now.kind() == libc::S_IFDIR || now.kind() == libc::S_IFBLK) {
+    if description.flags & libc::O_PATH == 0 && (is_file || now.kind() == libc::S_IFDIR || now.kind() == libc::S_IFBLK)
+    {
         fd::seek(file, description.pos).about(1, &state.path)?;
     }
     Ok(())
@@ -217,9 +262,20 @@ impl Sockets {
             }
         }
         let blob = |r| Ok(image.blob(r)?);
-        let unix = if unix_states.is_empty() { Vec::new() } else { unix::rebuild(skeleton.init, &unix_states, &blob)? };
-        let inet = if inet_states.is_empty() { Vec::new() } else { inet::rebuild(skeleton.init, &inet_states)? };
-        Ok(Sockets { unix: unix.into_iter(), inet: inet.into_iter() })
+        let unix = if unix_states.is_empty() {
+            Vec::new()
+        } else {
+            unix::rebuild(skeleton.init, &unix_states, &blob)?
+        };
+        let inet = if inet_states.is_empty() {
+            Vec::new()
+        } else {
+            inet::rebuild(skeleton.init, &inet_states)?
+        };
+        Ok(Sockets {
+            unix: unix.into_iter(),
+            inet: inet.into_iter(),
+        })
     }
 }
 

@@ -4,8 +4,8 @@ use std::os::fd::OwnedFd;
 
 use torpor_sys::remote::{Arg, Batch};
 
-use super::objects::{Objects, epoll_of};
 use super::Skeleton;
+use super::objects::{Objects, epoll_of};
 use crate::error::{About, Error, Result};
 use crate::kinds::memory::{self, Source};
 use crate::kinds::{console, epoll, fs, settings, signals, vdso};
@@ -28,7 +28,8 @@ impl<'o> Parcel<'o> {
             Source::File(index) => objects.mapped.get(index),
             Source::Shared(index) => objects.shared.get(index),
         };
-        self.fds.push(fd.ok_or_else(|| Error::nonsense("a mapped file is missing"))?);
+        self.fds
+            .push(fd.ok_or_else(|| Error::nonsense("a mapped file is missing"))?);
         self.sources.push(source);
         Ok(())
     }
@@ -113,10 +114,19 @@ impl Skeleton {
     /// An epoll instance that several processes have is filled by the first of them.
     fn watch(&self, body: &Body, inventory: &Inventory, batch: &mut Batch) {
         for descriptor in &body.fds {
-            let Some(state) = epoll_of(&inventory.descriptions[descriptor.description]) else { continue };
-            let owner = inventory.processes.iter().filter_map(|p| p.body.as_ref()).find_map(|b| {
-                b.fds.iter().find(|d| d.description == descriptor.description).map(|d| (b, d.fd))
-            });
+            let Some(state) = epoll_of(&inventory.descriptions[descriptor.description]) else {
+                continue;
+            };
+            let owner = inventory
+                .processes
+                .iter()
+                .filter_map(|p| p.body.as_ref())
+                .find_map(|b| {
+                    b.fds
+                        .iter()
+                        .find(|d| d.description == descriptor.description)
+                        .map(|d| (b, d.fd))
+                });
             if owner.is_some_and(|(b, fd)| std::ptr::eq(b, body) && fd == descriptor.fd) {
                 epoll::rebuild(batch, descriptor.fd, state);
             }
@@ -125,9 +135,16 @@ impl Skeleton {
 
     fn foreground(&self, process: &Process, body: &Body, inventory: &Inventory, batch: &mut Batch) {
         use crate::kinds::files::Object;
-        let Some(state) = inventory.console.as_ref().filter(|c| c.foreground > 0) else { return };
+        let Some(state) = inventory.console.as_ref().filter(|c| c.foreground > 0) else {
+            return;
+        };
         let is_stdio = |d: usize| matches!(inventory.descriptions[d].object, Object::Stdio { .. });
-        if let Some(terminal) = body.fds.iter().find(|d| is_stdio(d.description)).filter(|_| process.sid == process.pid) {
+        if let Some(terminal) = body
+            .fds
+            .iter()
+            .find(|d| is_stdio(d.description))
+            .filter(|_| process.sid == process.pid)
+        {
             console::rebuild_foreground(batch, terminal.fd, state);
         }
     }

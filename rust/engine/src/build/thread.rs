@@ -18,7 +18,13 @@ fn capabilities_of(tid: Pid) -> Result<u64> {
 impl Skeleton {
     fn sites_of(&self, process: i32) -> Result<Vec<(i32, &Site)>> {
         let mut all = vec![(process, self.site(process)?)];
-        all.extend(self.threads.get(&process).into_iter().flatten().map(|(tid, site)| (*tid, site)));
+        all.extend(
+            self.threads
+                .get(&process)
+                .into_iter()
+                .flatten()
+                .map(|(tid, site)| (*tid, site)),
+        );
         Ok(all)
     }
 
@@ -75,7 +81,11 @@ impl Skeleton {
         let site = self.site(pid)?;
         let tid = site.tid();
         // The code is the last of the kernel's parts.
-        let code = body.memory.kernel.last().ok_or_else(|| Error::nonsense("a process without vdso"))?;
+        let code = body
+            .memory
+            .kernel
+            .last()
+            .ok_or_else(|| Error::nonsense("a process without vdso"))?;
         let syscall_at = code.0 + self.syscall_offset;
         if let Some(action) = signals::trap_action(&body.signals) {
             let table = self.place.table();
@@ -96,9 +106,16 @@ fn stop_for_signals(tid: Pid) -> Result<()> {
     loop {
         ptrace::cont(tid, 0).about(tid, "thread")?;
         match wait::until(tid, LIMIT).about(tid, "thread")? {
-            Event::Stopped { event: ptrace::EVENT_STOP, .. } => return Ok(()),
+            Event::Stopped {
+                event: ptrace::EVENT_STOP,
+                ..
+            } => return Ok(()),
             Event::Stopped { .. } | Event::Continued => {}
-            other => return Err(Error::nonsense(format!("a thread ended while it was armed ({other:?})"))),
+            other => {
+                return Err(Error::nonsense(format!(
+                    "a thread ended while it was armed ({other:?})"
+                )));
+            }
         }
     }
 }

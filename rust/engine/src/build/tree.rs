@@ -42,7 +42,10 @@ fn birth(parent: &Process, parent_born_in: i32, child: &Process) -> Result<Birth
     if child.sid == parent_born_in {
         return Ok(Birth::BeforeSetsid);
     }
-    let why = format!("its session {} has lost its leader, which is not carried yet", child.sid);
+    let why = format!(
+        "its session {} has lost its leader, which is not carried yet",
+        child.sid
+    );
     Err(Error::unsupported(child.pid, "session", why, ""))
 }
 
@@ -62,8 +65,12 @@ impl Skeleton {
     }
 
     fn children(&mut self, inventory: &Inventory, parent: &Process, born_in: i32) -> Result<()> {
-        let children: Vec<&Process> =
-            inventory.processes.iter().skip(1).filter(|p| p.ppid == parent.pid).collect();
+        let children: Vec<&Process> = inventory
+            .processes
+            .iter()
+            .skip(1)
+            .filter(|p| p.ppid == parent.pid)
+            .collect();
         let mut early = Vec::new();
         let mut late = Vec::new();
         for child in children {
@@ -74,7 +81,13 @@ impl Skeleton {
         }
         let mut batch = Batch::new();
         let fork = |batch: &mut Batch, child: &Process| {
-            clone3(batch, format!("clone3 of process {}", child.pid), 0, child.exit_signal, child.pid);
+            clone3(
+                batch,
+                format!("clone3 of process {}", child.pid),
+                0,
+                child.exit_signal,
+                child.pid,
+            );
         };
         early.iter().for_each(|c| fork(&mut batch, c));
         let is_root = parent.pid == inventory.processes[0].pid;
@@ -134,15 +147,28 @@ impl Skeleton {
 
     fn setpgid(&self, pid: i32, group: i32) -> Result<()> {
         let mut batch = Batch::new();
-        batch.must(format!("setpgid to {group}"), libc::SYS_setpgid, [0.into(), group.into()]);
+        batch.must(
+            format!("setpgid to {group}"),
+            libc::SYS_setpgid,
+            [0.into(), group.into()],
+        );
         self.site(pid)?.run(&batch).about(pid, "process group").map(drop)
     }
 
     fn stand_in(&mut self, member: &Process) -> Result<(i32, i32, Site)> {
         let mut batch = Batch::new();
-        clone3(&mut batch, format!("clone3 of group leader {}", member.pgid), 0, 0, member.pgid);
+        clone3(
+            &mut batch,
+            format!("clone3 of group leader {}", member.pgid),
+            0,
+            0,
+            member.pgid,
+        );
         let born = self.run_births(member.pid, &batch)?;
-        let tid = born.first().copied().ok_or_else(|| Error::nonsense("a helper was not born"))?;
+        let tid = born
+            .first()
+            .copied()
+            .ok_or_else(|| Error::nonsense("a helper was not born"))?;
         let site = Site::cloned(tid, self.place).about(tid, "helper")?;
         let mut batch = Batch::new();
         batch.must("setpgid", libc::SYS_setpgid, [0.into(), 0.into()]);
@@ -162,7 +188,10 @@ impl Skeleton {
     /// Lets a process end as it had ended, and takes the SIGCHLD back that its parent was sent long ago.
     fn end_zombie(&mut self, process: &Process) -> Result<()> {
         let status = process.zombie.unwrap_or(0);
-        let site = self.sites.remove(&process.pid).ok_or_else(|| Error::nonsense("a zombie was not born"))?;
+        let site = self
+            .sites
+            .remove(&process.pid)
+            .ok_or_else(|| Error::nonsense("a zombie was not born"))?;
         let tid = site.tid();
         let mut batch = Batch::new();
         let name = batch.string(&process.name);
@@ -189,10 +218,18 @@ impl Skeleton {
         if signal != libc::SIGKILL {
             let mut batch = Batch::new();
             let default = batch.room(32);
-            batch.must("rt_sigaction", libc::SYS_rt_sigaction, [signal.into(), default.into(), 0.into(), 8.into()]);
+            batch.must(
+                "rt_sigaction",
+                libc::SYS_rt_sigaction,
+                [signal.into(), default.into(), 0.into(), 8.into()],
+            );
             let none = batch.room(16);
             let core = libc::RLIMIT_CORE;
-            batch.must("prlimit64", libc::SYS_prlimit64, [0.into(), core.into(), none.into(), 0.into()]);
+            batch.must(
+                "prlimit64",
+                libc::SYS_prlimit64,
+                [0.into(), core.into(), none.into(), 0.into()],
+            );
             site.run(&batch).about(tid, "zombie")?;
             ptrace::set_sigmask(tid, 0).about(tid, "zombie")?;
         }
@@ -213,8 +250,15 @@ impl Skeleton {
         let mut batch = Batch::new();
         let set = batch.data(&(1u64 << (libc::SIGCHLD - 1)).to_le_bytes());
         let now = batch.room(16);
-        batch.may("rt_sigtimedwait", libc::SYS_rt_sigtimedwait, [set.into(), 0.into(), now.into(), 8.into()]);
-        self.site(process.ppid)?.run(&batch).about(process.ppid, "SIGCHLD").map(drop)
+        batch.may(
+            "rt_sigtimedwait",
+            libc::SYS_rt_sigtimedwait,
+            [set.into(), 0.into(), now.into(), 8.into()],
+        );
+        self.site(process.ppid)?
+            .run(&batch)
+            .about(process.ppid, "SIGCHLD")
+            .map(drop)
     }
 
     fn grow_threads(&mut self, process: &Process) -> Result<()> {
@@ -223,7 +267,13 @@ impl Skeleton {
         for group in body.threads[1..].chunks(1000) {
             let mut batch = Batch::new();
             for thread in group {
-                clone3(&mut batch, format!("clone3 of thread {}", thread.tid), THREAD as u64, 0, thread.tid);
+                clone3(
+                    &mut batch,
+                    format!("clone3 of thread {}", thread.tid),
+                    THREAD as u64,
+                    0,
+                    thread.tid,
+                );
             }
             let born = self.run_births(process.pid, &batch)?;
             for (thread, tid) in group.iter().zip(born) {

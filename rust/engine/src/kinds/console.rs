@@ -37,12 +37,18 @@ pub fn collect(init: Pid, fd: &OwnedFd, inner: impl Fn(Pid) -> Option<i32>) -> R
     let termios = fd::ioctl_get::<TERMIOS>(fd, TCGETS).about(init, "terminal")?;
     let winsize = fd::ioctl_get::<8>(fd, TIOCGWINSZ).about(init, "terminal")?;
     let tpgid = proc::stat(init).about(init, "stat")?.tpgid;
-    Ok(State { termios: termios.into(), winsize: winsize.into(), foreground: inner(tpgid).unwrap_or(0) })
+    Ok(State {
+        termios: termios.into(),
+        winsize: winsize.into(),
+        foreground: inner(tpgid).unwrap_or(0),
+    })
 }
 
 /// Sets the new terminal up like the old one. The window size is the new terminal's own.
 pub fn rebuild(fd: &OwnedFd, state: &State) -> Result<()> {
-    let Ok(termios) = <[u8; TERMIOS]>::try_from(state.termios.as_slice()) else { return Ok(()) };
+    let Ok(termios) = <[u8; TERMIOS]>::try_from(state.termios.as_slice()) else {
+        return Ok(());
+    };
     fd::ioctl_set(fd, TCSETS, &termios).about(1, "terminal")
 }
 
@@ -50,5 +56,9 @@ pub fn rebuild(fd: &OwnedFd, state: &State) -> Result<()> {
 /// terminal. The caller blocks SIGTTOU.
 pub fn rebuild_foreground(batch: &mut Batch, number: i32, state: &State) {
     let group = batch.data(&i64::from(state.foreground).to_le_bytes());
-    batch.may("TIOCSPGRP", libc::SYS_ioctl, [number.into(), TIOCSPGRP.into(), group.into()]);
+    batch.may(
+        "TIOCSPGRP",
+        libc::SYS_ioctl,
+        [number.into(), TIOCSPGRP.into(), group.into()],
+    );
 }

@@ -4,10 +4,10 @@ use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
 use torpor_image::BlobRef;
+use torpor_sys::Pid;
 use torpor_sys::mem::Memory;
 use torpor_sys::ptrace::{self, Regs, Rseq};
 use torpor_sys::wait::{self, Event};
-use torpor_sys::Pid;
 
 use crate::error::{About, Error, Result};
 
@@ -42,23 +42,97 @@ const ORIG_RAX: usize = 15;
 
 fn to_words(regs: &Regs) -> Vec<u64> {
     vec![
-        regs.r15, regs.r14, regs.r13, regs.r12, regs.rbp, regs.rbx, regs.r11, regs.r10, regs.r9, regs.r8,
-        regs.rax, regs.rcx, regs.rdx, regs.rsi, regs.rdi, regs.orig_rax, regs.rip, regs.cs, regs.eflags,
-        regs.rsp, regs.ss, regs.fs_base, regs.gs_base, regs.ds, regs.es, regs.fs, regs.gs,
+        regs.r15,
+        regs.r14,
+        regs.r13,
+        regs.r12,
+        regs.rbp,
+        regs.rbx,
+        regs.r11,
+        regs.r10,
+        regs.r9,
+        regs.r8,
+        regs.rax,
+        regs.rcx,
+        regs.rdx,
+        regs.rsi,
+        regs.rdi,
+        regs.orig_rax,
+        regs.rip,
+        regs.cs,
+        regs.eflags,
+        regs.rsp,
+        regs.ss,
+        regs.fs_base,
+        regs.gs_base,
+        regs.ds,
+        regs.es,
+        regs.fs,
+        regs.gs,
     ]
 }
 
 fn from_words(w: &[u64]) -> Option<Regs> {
     let &[
-        r15, r14, r13, r12, rbp, rbx, r11, r10, r9, r8, rax, rcx, rdx, rsi, rdi, orig_rax, rip, cs, eflags, rsp,
-        ss, fs_base, gs_base, ds, es, fs, gs,
+        r15,
+        r14,
+        r13,
+        r12,
+        rbp,
+        rbx,
+        r11,
+        r10,
+        r9,
+        r8,
+        rax,
+        rcx,
+        rdx,
+        rsi,
+        rdi,
+        orig_rax,
+        rip,
+        cs,
+        eflags,
+        rsp,
+        ss,
+        fs_base,
+        gs_base,
+        ds,
+        es,
+        fs,
+        gs,
     ] = w
     else {
         return None;
     };
     Some(Regs {
-        r15, r14, r13, r12, rbp, rbx, r11, r10, r9, r8, rax, rcx, rdx, rsi, rdi, orig_rax, rip, cs, eflags, rsp,
-        ss, fs_base, gs_base, ds, es, fs, gs,
+        r15,
+        r14,
+        r13,
+        r12,
+        rbp,
+        rbx,
+        r11,
+        r10,
+        r9,
+        r8,
+        rax,
+        rcx,
+        rdx,
+        rsi,
+        rdi,
+        orig_rax,
+        rip,
+        cs,
+        eflags,
+        rsp,
+        ss,
+        fs_base,
+        gs_base,
+        ds,
+        es,
+        fs,
+        gs,
     })
 }
 
@@ -69,14 +143,23 @@ fn from_words(w: &[u64]) -> Option<Regs> {
 pub fn settle(tid: Pid, memory: &Memory, rseq: Option<Rseq>) -> Result<Settled> {
     let mut regs = ptrace::regs(tid).about(tid, "registers")?;
     if regs.cs != 0x33 {
-        return Err(Error::unsupported(tid, "32-bit code", "only 64-bit programs are carried", ""));
+        return Err(Error::unsupported(
+            tid,
+            "32-bit code",
+            "only 64-bit programs are carried",
+            "",
+        ));
     }
     if let Some(abort) = rseq.and_then(|r| rseq_abort(memory, r, regs.rip)) {
         regs.rip = abort;
         ptrace::set_regs(tid, &regs).about(tid, "registers")?;
     }
     let in_restart = regs.orig_rax == libc_nr::RESTART_SYSCALL && regs.rax as i64 == -ERESTART_RESTARTBLOCK;
-    let restarts = if in_restart { Some(original_call(tid, &regs)?) } else { None };
+    let restarts = if in_restart {
+        Some(original_call(tid, &regs)?)
+    } else {
+        None
+    };
     Ok(Settled { regs, restarts })
 }
 
@@ -117,7 +200,10 @@ fn original_call(tid: Pid, regs: &Regs) -> Result<u64> {
     ptrace::interrupt(tid).about(tid, "thread")?;
     loop {
         match wait::until(tid, LIMIT).about(tid, "thread")? {
-            Event::Stopped { event: ptrace::EVENT_STOP, .. } => break,
+            Event::Stopped {
+                event: ptrace::EVENT_STOP,
+                ..
+            } => break,
             Event::Stopped { .. } => ptrace::interrupt_again(tid, 0).about(tid, "thread")?,
             other => {
                 let how = format!("{other:?}");
@@ -136,13 +222,22 @@ fn original_call(tid: Pid, regs: &Regs) -> Result<u64> {
 fn sleeping_call(tid: Pid, regs: &Regs) -> Option<u64> {
     // nanosleep(2) begins with a pointer, clock_nanosleep(2) with the number of a clock.
     let sleep = if regs.rdi < 4096 { 230 } else { 35 };
-    let known = [("trace", None), ("futex", Some(202)), ("poll", Some(7)), ("nsleep", Some(230)), ("nanosleep", Some(sleep))];
+    let known = [
+        ("trace", None),
+        ("futex", Some(202)),
+        ("poll", Some(7)),
+        ("nsleep", Some(230)),
+        ("nanosleep", Some(sleep)),
+    ];
     let end = Instant::now() + Duration::from_millis(100);
     while Instant::now() < end {
         let path = |name: &str| format!("/proc/{tid}/{name}");
         let stack = std::fs::read_to_string(path("stack")).unwrap_or_default();
         let call = std::fs::read_to_string(path("syscall")).unwrap_or_default();
-        let in_restart = call.split(' ').next().is_some_and(|nr| nr == libc_nr::RESTART_SYSCALL.to_string());
+        let in_restart = call
+            .split(' ')
+            .next()
+            .is_some_and(|nr| nr == libc_nr::RESTART_SYSCALL.to_string());
         if in_restart && stack.contains("syscall") {
             let found = known.iter().find(|(name, _)| stack.contains(name));
             if let Some(nr) = found.map_or(Some(sleep), |(_, nr)| *nr) {
@@ -173,7 +268,11 @@ mod libc_nr {
 
 /// The registers as numbers.
 pub fn collect(settled: &Settled, xstate: BlobRef) -> State {
-    State { regs: to_words(&settled.regs), xstate, restarts: settled.restarts }
+    State {
+        regs: to_words(&settled.regs),
+        xstate,
+        restarts: settled.restarts,
+    }
 }
 
 /// Gives a thread its registers. A relative wait that the kernel held the end of is begun again, since the

@@ -35,7 +35,9 @@ pub struct IdMaps {
 
 fn inside(map: &[(u32, u32, u32)], id: u32) -> u32 {
     let find = |&&(_, outside, count): &&(u32, u32, u32)| id.wrapping_sub(outside) < count;
-    map.iter().find(find).map_or(65534, |&(inside, outside, _)| inside + (id - outside))
+    map.iter()
+        .find(find)
+        .map_or(65534, |&(inside, outside, _)| inside + (id - outside))
 }
 
 /// Asks for what /proc does not tell: the securebits.
@@ -73,7 +75,11 @@ pub fn plan(pid: i32, state: &State, bounds: &Bounds) -> Result<()> {
         }
     }
     if bounds.no_new_privs && !state.no_new_privs {
-        return Err(Error::refused(pid, "no_new_privs", "the container sets it, the image does not"));
+        return Err(Error::refused(
+            pid,
+            "no_new_privs",
+            "the container sets it, the image does not",
+        ));
     }
     if let Some(uid) = bounds.only_uid
         && state.uids.iter().any(|u| *u == 0 && uid != 0)
@@ -91,21 +97,41 @@ pub fn rebuild(batch: &mut Batch, state: &State, have: u64) {
     const SECBIT_NO_SETUID_FIXUP: u64 = 1 << 2;
     let [inheritable, permitted, effective, bounding, ambient] = state.caps;
     let prctl = libc::SYS_prctl;
-    batch.must("PR_SET_SECUREBITS", prctl, [libc::PR_SET_SECUREBITS.into(), SECBIT_NO_SETUID_FIXUP.into()]);
+    batch.must(
+        "PR_SET_SECUREBITS",
+        prctl,
+        [libc::PR_SET_SECUREBITS.into(), SECBIT_NO_SETUID_FIXUP.into()],
+    );
     for cap in (0..64u64).filter(|c| have >> c & 1 == 1 && bounding >> c & 1 == 0) {
         batch.must("PR_CAPBSET_DROP", prctl, [libc::PR_CAPBSET_DROP.into(), cap.into()]);
     }
     ids(batch, state);
     capset(batch, [have, have, inheritable]);
-    batch.must("PR_CAP_AMBIENT", prctl, [libc::PR_CAP_AMBIENT.into(), libc::PR_CAP_AMBIENT_CLEAR_ALL.into()]);
+    batch.must(
+        "PR_CAP_AMBIENT",
+        prctl,
+        [libc::PR_CAP_AMBIENT.into(), libc::PR_CAP_AMBIENT_CLEAR_ALL.into()],
+    );
     for cap in (0..64u64).filter(|c| ambient >> c & 1 == 1) {
         let raise = libc::PR_CAP_AMBIENT_RAISE;
-        batch.must("PR_CAP_AMBIENT_RAISE", prctl, [libc::PR_CAP_AMBIENT.into(), raise.into(), cap.into()]);
+        batch.must(
+            "PR_CAP_AMBIENT_RAISE",
+            prctl,
+            [libc::PR_CAP_AMBIENT.into(), raise.into(), cap.into()],
+        );
     }
-    batch.must("PR_SET_SECUREBITS", prctl, [libc::PR_SET_SECUREBITS.into(), state.securebits.into()]);
+    batch.must(
+        "PR_SET_SECUREBITS",
+        prctl,
+        [libc::PR_SET_SECUREBITS.into(), state.securebits.into()],
+    );
     capset(batch, [effective, permitted, inheritable]);
     if state.no_new_privs {
-        batch.must("PR_SET_NO_NEW_PRIVS", prctl, [libc::PR_SET_NO_NEW_PRIVS.into(), 1.into()]);
+        batch.must(
+            "PR_SET_NO_NEW_PRIVS",
+            prctl,
+            [libc::PR_SET_NO_NEW_PRIVS.into(), 1.into()],
+        );
     }
 }
 
@@ -113,7 +139,11 @@ fn ids(batch: &mut Batch, state: &State) {
     let groups: Vec<u8> = state.groups.iter().flat_map(|g| g.to_le_bytes()).collect();
     let list = batch.data(&groups);
     // A user namespace may forbid it (setgroups "deny"); then the groups are what they always were.
-    batch.may("setgroups", libc::SYS_setgroups, [state.groups.len().into(), list.into()]);
+    batch.may(
+        "setgroups",
+        libc::SYS_setgroups,
+        [state.groups.len().into(), list.into()],
+    );
     let [r, e, s, f] = state.gids;
     batch.must("setresgid", libc::SYS_setresgid, [r.into(), e.into(), s.into()]);
     batch.may("setfsgid", libc::SYS_setfsgid, [f.into()]);

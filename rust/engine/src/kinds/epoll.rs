@@ -34,7 +34,11 @@ fn parse(line: &str) -> Option<Watch> {
     let after = |key: &str| {
         let at = words.iter().position(|w| w.starts_with(key))?;
         let glued = words[at].strip_prefix(key)?;
-        if glued.is_empty() { words.get(at + 1).copied() } else { Some(glued) }
+        if glued.is_empty() {
+            words.get(at + 1).copied()
+        } else {
+            Some(glued)
+        }
     };
     Some(Watch {
         fd: after("tfd:")?.parse().ok()?,
@@ -50,7 +54,10 @@ pub fn collect(pid: Pid, number: i32, info: &FdInfo, has: impl Fn(i32, u64) -> b
     for line in info.lines.iter().filter(|l| l.starts_with("tfd:")) {
         let watch = parse(line).ok_or_else(|| Error::unsupported(pid, format!("fd {number}"), "unknown fdinfo", ""))?;
         if !has(watch.fd, watch.ino) {
-            let why = format!("it watches descriptor {}, which was closed or used again since", watch.fd);
+            let why = format!(
+                "it watches descriptor {}, which was closed or used again since",
+                watch.fd
+            );
             return Err(Error::unsupported(pid, format!("fd {number} (epoll)"), why, ""));
         }
         watches.push(watch);
@@ -90,7 +97,11 @@ fn control(batch: &mut Batch, epoll: i32, operation: i32, watch: &Watch, events:
     event.extend_from_slice(&watch.data.to_le_bytes());
     let event = batch.data(&event);
     let what = format!("epoll_ctl: fd {epoll} watching fd {}", watch.fd);
-    batch.must(what, libc::SYS_epoll_ctl, [epoll.into(), operation.into(), watch.fd.into(), event.into()]);
+    batch.must(
+        what,
+        libc::SYS_epoll_ctl,
+        [epoll.into(), operation.into(), watch.fd.into(), event.into()],
+    );
 }
 
 #[cfg(test)]
@@ -100,6 +111,14 @@ mod tests {
     #[test]
     fn a_line_of_fdinfo() {
         let line = "tfd:        5 events:       19 data:      ff00000005  pos:0 ino:61af sdev:7";
-        assert_eq!(parse(line), Some(Watch { fd: 5, events: 0x19, data: 0xff_0000_0005, ino: 0x61af }));
+        assert_eq!(
+            parse(line),
+            Some(Watch {
+                fd: 5,
+                events: 0x19,
+                data: 0xff_0000_0005,
+                ino: 0x61af
+            })
+        );
     }
 }

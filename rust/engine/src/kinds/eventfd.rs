@@ -31,7 +31,10 @@ pub fn rebuild(state: &State) -> Result<OwnedFd> {
     let flags = if state.semaphore { libc::EFD_SEMAPHORE } else { 0 };
     let fd = fd::eventfd(0, flags).about(1, "eventfd")?;
     if state.count > 0 {
-        let file = fd.try_clone().map_err(|e| torpor_sys::Error::io("dup", "eventfd", &e)).about(1, "eventfd")?;
+        let file = fd
+            .try_clone()
+            .map_err(|e| torpor_sys::Error::io("dup", "eventfd", &e))
+            .about(1, "eventfd")?;
         std::fs::File::from(file)
             .write_all(&state.count.to_le_bytes())
             .map_err(|e| torpor_sys::Error::io("write", "eventfd", &e))

@@ -109,7 +109,11 @@ impl Survey {
             let cloexec = info.flags & libc::O_CLOEXEC != 0;
             let fd = pidfd::get_fd(&process, number).about(pid, object())?;
             let description = self.add(pid, number, info, fd)?;
-            table.push(Descriptor { fd: number, cloexec, description });
+            table.push(Descriptor {
+                fd: number,
+                cloexec,
+                description,
+            });
         }
         Ok(table)
     }
@@ -128,13 +132,24 @@ impl Survey {
             }
         }
         let link = proc::link(&format!("/proc/{pid}/fd/{number}")).about(pid, object())?;
-        self.found.push(Found { holder: pid, number, info, link, id, fd });
+        self.found.push(Found {
+            holder: pid,
+            number,
+            info,
+            link,
+            id,
+            fd,
+        });
         self.by_key.entry(key).or_default().push(self.found.len() - 1);
         Ok(self.found.len() - 1)
     }
 
     fn sockets(&self) -> std::collections::BTreeSet<u64> {
-        self.found.iter().filter(|f| f.id.kind() == libc::S_IFSOCK).map(|f| f.id.ino).collect()
+        self.found
+            .iter()
+            .filter(|f| f.id.kind() == libc::S_IFSOCK)
+            .map(|f| f.id.ino)
+            .collect()
     }
 }
 
@@ -151,12 +166,22 @@ pub struct Naming<'a, 'v> {
     pub console: Option<OwnedFd>,
     /// Stores bytes in the image.
     pub blob: &'a mut dyn FnMut(&[u8]) -> Result<BlobRef>,
+    /// What comes back a little different, in words.
+    pub warnings: Vec<String>,
 }
 
 /// Says of each description what it is. `tables` are the descriptor tables of all processes, init's first.
-pub fn collect(survey: &Survey, tables: &[(Pid, Vec<Descriptor>)], naming: &mut Naming<'_, '_>) -> Result<Vec<Description>> {
+pub fn collect(
+    survey: &Survey,
+    tables: &[(Pid, Vec<Descriptor>)],
+    naming: &mut Naming<'_, '_>,
+) -> Result<Vec<Description>> {
     let sockets = survey.sockets();
-    let unix = if sockets.is_empty() { None } else { Some(unix::survey(naming.init)?) };
+    let unix = if sockets.is_empty() {
+        None
+    } else {
+        Some(unix::survey(naming.init)?)
+    };
     let mut all = Vec::new();
     for index in 0..survey.found.len() {
         let found = &survey.found[index];
@@ -169,14 +194,23 @@ pub fn collect(survey: &Survey, tables: &[(Pid, Vec<Descriptor>)], naming: &mut 
             Some(object) => object,
             None => stdio(survey, tables, index)?.ok_or_else(|| leads_out(found))?,
         };
-        all.push(Description { flags: found.info.flags, pos: found.info.pos, object });
+        all.push(Description {
+            flags: found.info.flags,
+            pos: found.info.pos,
+            object,
+        });
     }
     Ok(all)
 }
 
 fn leads_out(found: &Found) -> Error {
     let why = "it leads out of the container and is not one of the standard streams of its first process";
-    Error::unsupported(found.holder, format!("fd {} ({})", found.number, found.link), why, "close it before the checkpoint")
+    Error::unsupported(
+        found.holder,
+        format!("fd {} ({})", found.number, found.link),
+        why,
+        "close it before the checkpoint",
+    )
 }
 
 fn check_common(found: &Found) -> Result<()> {
@@ -198,7 +232,10 @@ fn check_common(found: &Found) -> Result<()> {
 fn outside(survey: &Survey, found: &Found, naming: &mut Naming<'_, '_>) -> Result<bool> {
     let pty = found.id.kind() == libc::S_IFCHR && console::is_pty(found.id.rdev);
     if pty && naming.console.is_none() {
-        let copy = found.fd.try_clone().map_err(|e| torpor_sys::Error::io("dup", "terminal", &e));
+        let copy = found
+            .fd
+            .try_clone()
+            .map_err(|e| torpor_sys::Error::io("dup", "terminal", &e));
         naming.console = Some(copy.about(found.holder, "terminal")?);
     }
     match found.id.kind() {
@@ -224,7 +261,11 @@ fn pipe_leads_out(survey: &Survey, found: &Found) -> bool {
     if ends(libc::O_RDONLY) && ends(libc::O_WRONLY) {
         return false;
     }
-    let gone = if ends(libc::O_RDONLY) { libc::POLLHUP } else { libc::POLLERR };
+    let gone = if ends(libc::O_RDONLY) {
+        libc::POLLHUP
+    } else {
+        libc::POLLERR
+    };
     fd::poll_now(&found.fd) & gone == 0
 }
 
@@ -233,9 +274,15 @@ fn pipe_leads_out(survey: &Survey, found: &Found) -> bool {
 fn stdio(survey: &Survey, tables: &[(Pid, Vec<Descriptor>)], index: usize) -> Result<Option<Object>> {
     let found = &survey.found[index];
     let streams = |table: &'_ [Descriptor]| -> Vec<(usize, usize)> {
-        table.iter().filter(|d| (0..3).contains(&d.fd)).map(|d| (d.fd as usize, d.description)).collect()
+        table
+            .iter()
+            .filter(|d| (0..3).contains(&d.fd))
+            .map(|d| (d.fd as usize, d.description))
+            .collect()
     };
-    let Some((_, init)) = tables.first() else { return Ok(None) };
+    let Some((_, init)) = tables.first() else {
+        return Ok(None);
+    };
     let of_init = streams(init);
     if let Some((at, _)) = of_init.iter().find(|(_, d)| *d == index) {
         return Ok(Some(Object::Stdio { index: *at }));
@@ -248,7 +295,10 @@ fn stdio(survey: &Survey, tables: &[(Pid, Vec<Descriptor>)], index: usize) -> Re
     if let Some((at, _)) = of_init.iter().find(|(_, d)| same_file(*d)) {
         return Ok(Some(Object::Stdio { index: *at }));
     }
-    let elsewhere = tables.iter().flat_map(|(_, t)| streams(t)).find(|(_, d)| *d == index || same_file(*d));
+    let elsewhere = tables
+        .iter()
+        .flat_map(|(_, t)| streams(t))
+        .find(|(_, d)| *d == index || same_file(*d));
     Ok(elsewhere.map(|(at, _)| Object::Stdio { index: at }))
 }
 
@@ -272,13 +322,20 @@ fn object(
         _ if found.link == "anon_inode:[eventpoll]" => {
             let has = |fd: i32, ino: u64| {
                 let table = tables.iter().filter(|(p, _)| *p == pid).flat_map(|(_, t)| t);
-                table.into_iter().any(|d| d.fd == fd && survey.found[d.description].id.ino == ino)
+                table
+                    .into_iter()
+                    .any(|d| d.fd == fd && survey.found[d.description].id.ino == ino)
             };
             Ok(Some(Object::Epoll(epoll::collect(pid, number, &found.info, has)?)))
         }
         _ => {
             let object = format!("fd {number} ({})", found.link);
-            Err(Error::unsupported(pid, object, "this kind of file is not carried yet", "close it before the checkpoint"))
+            Err(Error::unsupported(
+                pid,
+                object,
+                "this kind of file is not carried yet",
+                "close it before the checkpoint",
+            ))
         }
     }
 }
@@ -293,7 +350,9 @@ fn socket(
     let (pid, number) = (found.holder, found.number);
     match fd::socket_domain(&found.fd).about(pid, format!("fd {number}"))? {
         libc::AF_INET | libc::AF_INET6 => {
-            Ok(Some(Object::Inet(Box::new(inet::collect(pid, number, &found.fd)?))))
+            let state = inet::collect(pid, number, &found.fd)?;
+            naming.warnings.extend(state.warning());
+            Ok(Some(Object::Inet(Box::new(state))))
         }
         libc::AF_UNIX => {
             let Some(survey) = unix else { return Ok(None) };
@@ -302,16 +361,8 @@ fn socket(
                 unix::Found::Outside => Ok(None),
             }
         }
-        domain => {
-            let name = match domain {
-                libc::AF_NETLINK => "netlink".into(),
-                libc::AF_PACKET => "packet".into(),
-                libc::AF_VSOCK => "vsock".into(),
-                other => format!("address family {other}"),
-            };
-            let object = format!("fd {number} ({name} socket)");
-            Err(Error::unsupported(pid, object, "sockets of this family are not carried yet", "close it before the checkpoint"))
-        }
+        // Refused by name.
+        _ => inet::collect(pid, number, &found.fd).map(|_| None),
     }
 }
 
@@ -321,7 +372,11 @@ fn pipe_end(survey: &Survey, found: &Found, naming: &mut Naming<'_, '_>) -> Resu
         return Ok(Object::Pipe { index });
     }
     let same = |f: &&Found| (f.id.dev, f.id.ino) == (id.dev, id.ino);
-    let packets = survey.found.iter().filter(same).any(|f| f.info.flags & libc::O_DIRECT != 0);
+    let packets = survey
+        .found
+        .iter()
+        .filter(same)
+        .any(|f| f.info.flags & libc::O_DIRECT != 0);
     let mut state = pipe::collect(found.holder, id.ino, &found.fd, packets, naming.blob)?;
     if !found.link.starts_with("pipe:") {
         let object = format!("fd {} ({})", found.number, found.link);
@@ -329,7 +384,9 @@ fn pipe_end(survey: &Survey, found: &Found, naming: &mut Naming<'_, '_>) -> Resu
         state.path = Some(found.link.clone());
     }
     naming.pipes.push(state);
-    Ok(Object::Pipe { index: naming.pipes.len() - 1 })
+    Ok(Object::Pipe {
+        index: naming.pipes.len() - 1,
+    })
 }
 
 fn path(found: &Found, naming: &mut Naming<'_, '_>) -> Result<Object> {
@@ -341,16 +398,30 @@ fn path(found: &Found, naming: &mut Naming<'_, '_>) -> Result<Object> {
         return Ok(Object::Shared { index });
     }
     if found.id.nlink == 0 {
-        return Err(Error::unsupported(pid, object, "a removed file of this kind is not carried yet", ""));
+        return Err(Error::unsupported(
+            pid,
+            object,
+            "a removed file of this kind is not carried yet",
+            "",
+        ));
     }
     let id = &found.id;
     // Its name is gone, but it has another one.
     let path = match found.link.strip_suffix(" (deleted)") {
-        Some(gone) => naming.tables.view.other_name(gone, id).unwrap_or_else(|| found.link.clone()),
+        Some(gone) => naming
+            .tables
+            .view
+            .other_name(gone, id)
+            .unwrap_or_else(|| found.link.clone()),
         None => found.link.clone(),
     };
     naming.tables.view.check(pid, &object, &path, id)?;
-    Ok(Object::Path(PathState { path, mode: id.mode, size: id.size, mtime: id.mtime }))
+    Ok(Object::Path(PathState {
+        path,
+        mode: id.mode,
+        size: id.size,
+        mtime: id.mtime,
+    }))
 }
 
 /// # Errors
@@ -358,7 +429,12 @@ fn path(found: &Found, naming: &mut Naming<'_, '_>) -> Result<Object> {
 pub fn check_unchanged(pid: i32, path: &str, size: u64, is_file: bool, now: &FileId) -> Result<()> {
     if is_file && now.size != size {
         let why = format!("it had {size} bytes when the image was made and has {} now", now.size);
-        return Err(Error::unsupported(pid, format!("file {path}"), why, "restore with the files of the checkpoint"));
+        return Err(Error::unsupported(
+            pid,
+            format!("file {path}"),
+            why,
+            "restore with the files of the checkpoint",
+        ));
     }
     Ok(())
 }

@@ -29,7 +29,11 @@ pub fn collect(pid: Pid, status: &Status) -> Result<State> {
             return Err(Error::unsupported(pid, path.clone(), why, ""));
         }
     }
-    Ok(State { cwd, root, umask: status.umask })
+    Ok(State {
+        cwd,
+        root,
+        umask: status.umask,
+    })
 }
 
 /// Sets all three.

@@ -118,7 +118,11 @@ pub struct Tables<'v> {
 
 /// The address space of a stopped process. `vmas` come from smaps.
 pub fn collect(pid: Pid, vmas: &[Vma], stat: &Stat, brk: u64, tables: &mut Tables<'_>) -> Result<State> {
-    let kernel = vmas.iter().filter(|v| vdso::is_part(v)).map(|v| (v.start, v.len())).collect();
+    let kernel = vmas
+        .iter()
+        .filter(|v| vdso::is_part(v))
+        .map(|v| (v.start, v.len()))
+        .collect();
     let mut areas = Vec::new();
     for vma in vmas.iter().filter(|v| !vdso::is_part(v) && v.name != "[vsyscall]") {
         areas.push(area(pid, vma, tables)?);
@@ -129,8 +133,17 @@ pub fn collect(pid: Pid, vmas: &[Vma], stat: &Stat, brk: u64, tables: &mut Table
         areas,
         kernel,
         map: [
-            stat.start_code, stat.end_code, stat.start_data, stat.end_data, stat.start_brk, brk,
-            stat.start_stack, stat.arg_start, stat.arg_end, stat.env_start, stat.env_end,
+            stat.start_code,
+            stat.end_code,
+            stat.start_data,
+            stat.end_data,
+            stat.start_brk,
+            brk,
+            stat.start_stack,
+            stat.arg_start,
+            stat.arg_end,
+            stat.env_start,
+            stat.env_end,
         ],
         auxv: auxv.chunks_exact(8).map(word).collect(),
         exe: exe(pid, tables)?,
@@ -148,7 +161,12 @@ fn area(pid: Pid, vma: &Vma, tables: &mut Tables<'_>) -> Result<Area> {
     let object = || format!("mapping {:x}-{:x} {}", vma.start, vma.end, vma.name);
     for (flag, what) in REFUSED {
         if vma.has(flag) {
-            return Err(Error::unsupported(pid, object(), format!("{what} is not carried yet"), ""));
+            return Err(Error::unsupported(
+                pid,
+                object(),
+                format!("{what} is not carried yet"),
+                "",
+            ));
         }
     }
     shared::check_name(pid, &vma.name)?;
@@ -163,8 +181,11 @@ fn area(pid: Pid, vma: &Vma, tables: &mut Tables<'_>) -> Result<Area> {
         Source::Nothing
     };
     let bit = |on: bool, flag| if on { flag } else { 0 };
-    let flags = if vma.shared { libc::MAP_SHARED } else { libc::MAP_PRIVATE }
-        | bit(source == Source::Nothing, libc::MAP_ANONYMOUS)
+    let flags = if vma.shared {
+        libc::MAP_SHARED
+    } else {
+        libc::MAP_PRIVATE
+    } | bit(source == Source::Nothing, libc::MAP_ANONYMOUS)
         | bit(vma.has(b"gd"), libc::MAP_GROWSDOWN)
         | bit(vma.has(b"nr"), libc::MAP_NORESERVE);
     Ok(Area {
@@ -175,14 +196,20 @@ fn area(pid: Pid, vma: &Vma, tables: &mut Tables<'_>) -> Result<Area> {
         source,
         offset: vma.offset,
         name: given_name(&vma.name),
-        advice: ADVICE.iter().filter(|(flag, _)| vma.has(flag)).map(|(_, advice)| *advice).collect(),
+        advice: ADVICE
+            .iter()
+            .filter(|(flag, _)| vma.has(flag))
+            .map(|(_, advice)| *advice)
+            .collect(),
         locked: vma.has(b"lo"),
         accounted: vma.has(b"ac"),
     })
 }
 
 fn given_name(name: &str) -> Option<String> {
-    let inner = name.strip_prefix("[anon:").or_else(|| name.strip_prefix("[anon_shmem:"))?;
+    let inner = name
+        .strip_prefix("[anon:")
+        .or_else(|| name.strip_prefix("[anon_shmem:"))?;
     inner.strip_suffix(']').map(String::from)
 }
 
@@ -197,12 +224,20 @@ fn source_of(pid: Pid, name: &str, file: &OwnedFd, writable: bool, tables: &mut 
         return Err(Error::unsupported(pid, format!("mapping of {name}"), why, ""));
     }
     let path = name.replace("\\012", "\n");
-    let known = tables.mapped.iter().position(|m| m.path == path && m.writable == writable);
+    let known = tables
+        .mapped
+        .iter()
+        .position(|m| m.path == path && m.writable == writable);
     if let Some(index) = known {
         return Ok(Source::File(index));
     }
     tables.view.check(pid, &format!("mapped file {path}"), &path, &id)?;
-    tables.mapped.push(MappedFile { path, writable, size: id.size, mtime: id.mtime });
+    tables.mapped.push(MappedFile {
+        path,
+        writable,
+        size: id.size,
+        mtime: id.mtime,
+    });
     Ok(Source::File(tables.mapped.len() - 1))
 }
 
@@ -221,14 +256,29 @@ impl Area {
 
 /// Maps one area. `fd` is where its file is open.
 pub fn rebuild_area(batch: &mut Batch, area: &Area, fd: Arg) {
-    let prot = if area.is_opened() { libc::PROT_READ | libc::PROT_WRITE } else { area.prot };
+    let prot = if area.is_opened() {
+        libc::PROT_READ | libc::PROT_WRITE
+    } else {
+        area.prot
+    };
     let flags = area.flags | libc::MAP_FIXED_NOREPLACE;
     let what = format!("mmap of {:x}-{:x}", area.start, area.end);
     let len = area.end - area.start;
-    let args = [area.start.into(), len.into(), prot.into(), flags.into(), fd, area.offset.into()];
+    let args = [
+        area.start.into(),
+        len.into(),
+        prot.into(),
+        flags.into(),
+        fd,
+        area.offset.into(),
+    ];
     batch.must(what, libc::SYS_mmap, args);
     for advice in &area.advice {
-        batch.must("madvise", libc::SYS_madvise, [area.start.into(), len.into(), (*advice).into()]);
+        batch.must(
+            "madvise",
+            libc::SYS_madvise,
+            [area.start.into(), len.into(), (*advice).into()],
+        );
     }
 }
 
@@ -238,7 +288,11 @@ pub fn seal(batch: &mut Batch, area: &Area) {
     let len = area.end - area.start;
     if area.is_opened() && area.prot != libc::PROT_READ | libc::PROT_WRITE {
         let what = format!("mprotect of {:x}-{:x}", area.start, area.end);
-        batch.must(what, libc::SYS_mprotect, [area.start.into(), len.into(), area.prot.into()]);
+        batch.must(
+            what,
+            libc::SYS_mprotect,
+            [area.start.into(), len.into(), area.prot.into()],
+        );
     }
     if let Some(name) = &area.name {
         let text = batch.string(name);
@@ -267,7 +321,13 @@ pub fn rebuild_map(batch: &mut Batch, state: &State, exe: Arg) {
     bytes.extend_from_slice(&exe.to_le_bytes());
     let map = batch.data(&bytes);
     batch.point(map.skip(88), vector);
-    let args = [PR_SET_MM.into(), PR_SET_MM_MAP.into(), map.into(), SIZE.into(), 0.into()];
+    let args = [
+        PR_SET_MM.into(),
+        PR_SET_MM_MAP.into(),
+        map.into(),
+        SIZE.into(),
+        0.into(),
+    ];
     batch.must("PR_SET_MM_MAP", libc::SYS_prctl, args);
 }
 

@@ -19,7 +19,11 @@ impl View {
     /// The view of the process `init`.
     pub fn of(init: Pid) -> Result<View> {
         let root = fd::open(&format!("/proc/{init}/root"), libc::O_PATH | libc::O_DIRECTORY).about(init, "root")?;
-        let mounts = proc::mountinfo(init).about(init, "mountinfo")?.iter().map(|m| m.id).collect();
+        let mounts = proc::mountinfo(init)
+            .about(init, "mountinfo")?
+            .iter()
+            .map(|m| m.id)
+            .collect();
         Ok(View { root, mounts })
     }
 
@@ -39,7 +43,9 @@ impl View {
         let inside = fd::open_in_root(&self.root, &format!("{directory}/"), libc::O_RDONLY | libc::O_DIRECTORY).ok()?;
         let names = fd::list(&inside).ok()?;
         let paths = names.into_iter().map(|name| format!("{directory}/{name}"));
-        paths.into_iter().find(|path| self.stat(path).is_ok_and(|h| (h.dev, h.ino) == (id.dev, id.ino)))
+        paths
+            .into_iter()
+            .find(|path| self.stat(path).is_ok_and(|h| (h.dev, h.ino) == (id.dev, id.ino)))
     }
 
     /// # Errors

@@ -40,7 +40,13 @@ pub fn collect(
     let pieces = fd::pipe_content(&reader).about(pid, object())?;
     let size = fd::fcntl(end, libc::F_GETPIPE_SZ, 0).about(pid, object())?;
     let lengths = pieces.iter().map(Vec::len).filter(|_| packets).collect();
-    Ok(State { ino, path: None, size, content: blob(&pieces.concat())?, packets: lengths })
+    Ok(State {
+        ino,
+        path: None,
+        size,
+        content: blob(&pieces.concat())?,
+        packets: lengths,
+    })
 }
 
 /// Fills a new pipe, whose end for writing is `writer`, as the old one was.
@@ -49,13 +55,22 @@ pub fn fill(state: &State, writer: &OwnedFd, content: &[u8]) -> Result<()> {
     fd::fcntl(writer, libc::F_SETPIPE_SZ, state.size.into()).about(1, object())?;
     let mode = if state.packets.is_empty() { 0 } else { libc::O_DIRECT };
     fd::fcntl(writer, libc::F_SETFL, (libc::O_NONBLOCK | mode).into()).about(1, object())?;
-    let copy = writer.try_clone().map_err(|e| torpor_sys::Error::io("dup", "pipe", &e)).about(1, object())?;
+    let copy = writer
+        .try_clone()
+        .map_err(|e| torpor_sys::Error::io("dup", "pipe", &e))
+        .about(1, object())?;
     let mut file = std::fs::File::from(copy);
     let mut rest = content;
-    let lengths = if state.packets.is_empty() { vec![content.len()] } else { state.packets.clone() };
+    let lengths = if state.packets.is_empty() {
+        vec![content.len()]
+    } else {
+        state.packets.clone()
+    };
     for length in lengths {
         let (piece, after) = rest.split_at(length.min(rest.len()));
-        file.write_all(piece).map_err(|e| torpor_sys::Error::io("write", "pipe", &e)).about(1, object())?;
+        file.write_all(piece)
+            .map_err(|e| torpor_sys::Error::io("write", "pipe", &e))
+            .about(1, object())?;
         rest = after;
     }
     Ok(())

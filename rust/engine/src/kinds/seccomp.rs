@@ -1,10 +1,10 @@
 //! Seccomp filters: the BPF programs as the kernel holds them, stored once however many threads have them.
 
 use serde::{Deserialize, Serialize};
+use torpor_sys::Pid;
 use torpor_sys::proc::Status;
 use torpor_sys::ptrace;
 use torpor_sys::remote::Batch;
-use torpor_sys::Pid;
 
 use crate::error::{About, Error, Result};
 
@@ -29,9 +29,14 @@ pub fn collect(tid: Pid, status: &Status, all: &mut Vec<State>) -> Result<Vec<us
     }
     let mut chain = Vec::new();
     for index in 0.. {
-        let Some(filter) = ptrace::seccomp_filter(tid, index).about(tid, "seccomp filter")? else { break };
+        let Some(filter) = ptrace::seccomp_filter(tid, index).about(tid, "seccomp filter")? else {
+            break;
+        };
         let word = |c: &[u8]| u64::from_le_bytes([c[0], c[1], c[2], c[3], c[4], c[5], c[6], c[7]]);
-        let state = State { program: filter.program.chunks_exact(8).map(word).collect(), flags: filter.flags };
+        let state = State {
+            program: filter.program.chunks_exact(8).map(word).collect(),
+            flags: filter.flags,
+        };
         let known = all.iter().position(|s| *s == state);
         chain.push(known.unwrap_or_else(|| {
             all.push(state);
@@ -46,7 +51,9 @@ pub fn collect(tid: Pid, status: &Status, all: &mut Vec<State>) -> Result<Vec<us
 pub fn rebuild(batch: &mut Batch, chain: &[usize], all: &[State]) -> Result<()> {
     const SET_MODE_FILTER: i32 = 1;
     for &index in chain {
-        let filter = all.get(index).ok_or_else(|| Error::nonsense("a seccomp filter is missing"))?;
+        let filter = all
+            .get(index)
+            .ok_or_else(|| Error::nonsense("a seccomp filter is missing"))?;
         let bytes: Vec<u8> = filter.program.iter().flat_map(|w| w.to_le_bytes()).collect();
         let program = batch.data(&bytes);
         // struct sock_fprog: a 16-bit count, padding, a pointer.

@@ -108,7 +108,11 @@ pub fn answer_process(pid: Pid, asked: &AskedProcess, results: &Results) -> Resu
 pub fn ask_thread(batch: &mut Batch) -> AskedThread {
     let prctl = libc::SYS_prctl;
     let (clear_tid, death, priority, cpus) = (batch.room(8), batch.room(8), batch.room(8), batch.room(128));
-    batch.may("PR_GET_TID_ADDRESS", prctl, [libc::PR_GET_TID_ADDRESS.into(), clear_tid.into()]);
+    batch.may(
+        "PR_GET_TID_ADDRESS",
+        prctl,
+        [libc::PR_GET_TID_ADDRESS.into(), clear_tid.into()],
+    );
     batch.must("PR_GET_PDEATHSIG", prctl, [libc::PR_GET_PDEATHSIG.into(), death.into()]);
     batch.must("sched_getparam", libc::SYS_sched_getparam, [0.into(), priority.into()]);
     AskedThread {
@@ -118,7 +122,11 @@ pub fn ask_thread(batch: &mut Batch) -> AskedThread {
         policy: batch.must("sched_getscheduler", libc::SYS_sched_getscheduler, [0.into()]),
         priority,
         affinity: (
-            batch.must("sched_getaffinity", libc::SYS_sched_getaffinity, [0.into(), 128.into(), cpus.into()]),
+            batch.must(
+                "sched_getaffinity",
+                libc::SYS_sched_getaffinity,
+                [0.into(), 128.into(), cpus.into()],
+            ),
             cpus,
         ),
         slack: batch.may("PR_GET_TIMERSLACK", prctl, [libc::PR_GET_TIMERSLACK.into()]),
@@ -126,7 +134,12 @@ pub fn ask_thread(batch: &mut Batch) -> AskedThread {
 }
 
 /// The settings of a thread.
-pub fn answer_thread(tid: Pid, rseq: Option<ptrace::Rseq>, asked: &AskedThread, results: &Results) -> Result<ThreadState> {
+pub fn answer_thread(
+    tid: Pid,
+    rseq: Option<ptrace::Rseq>,
+    asked: &AskedThread,
+    results: &Results,
+) -> Result<ThreadState> {
     let words = usize::try_from(results.raw(asked.affinity.0)).unwrap_or(0).div_ceil(8);
     Ok(ThreadState {
         name: proc::stat(tid).about(tid, "stat")?.comm,
@@ -145,8 +158,16 @@ pub fn answer_thread(tid: Pid, rseq: Option<ptrace::Rseq>, asked: &AskedThread, 
 /// Switches of the process that must be set before its ids are.
 pub fn rebuild_process(batch: &mut Batch, state: &ProcessState) {
     let prctl = libc::SYS_prctl;
-    batch.must("PR_SET_CHILD_SUBREAPER", prctl, [libc::PR_SET_CHILD_SUBREAPER.into(), state.subreaper.into()]);
-    batch.may("PR_SET_THP_DISABLE", prctl, [libc::PR_SET_THP_DISABLE.into(), state.no_huge_pages.into()]);
+    batch.must(
+        "PR_SET_CHILD_SUBREAPER",
+        prctl,
+        [libc::PR_SET_CHILD_SUBREAPER.into(), state.subreaper.into()],
+    );
+    batch.may(
+        "PR_SET_THP_DISABLE",
+        prctl,
+        [libc::PR_SET_THP_DISABLE.into(), state.no_huge_pages.into()],
+    );
     if let Ok(persona) = u64::from_str_radix(&state.personality, 16) {
         batch.must("personality", libc::SYS_personality, [persona.into()]);
     }
@@ -159,7 +180,11 @@ pub fn rebuild_limits(batch: &mut Batch, state: &ProcessState) {
         bytes.extend_from_slice(&hard.to_le_bytes());
         let limit = batch.data(&bytes);
         let what = format!("prlimit64 of limit {which} to {soft}, {hard}");
-        batch.must(what, libc::SYS_prlimit64, [0.into(), which.into(), limit.into(), 0.into()]);
+        batch.must(
+            what,
+            libc::SYS_prlimit64,
+            [0.into(), which.into(), limit.into(), 0.into()],
+        );
     }
 }
 
@@ -168,7 +193,10 @@ pub fn rebuild_limits(batch: &mut Batch, state: &ProcessState) {
 pub fn plan_limits(pid: i32, wanted: &Limits, here: &Limits) -> Result<()> {
     for (which, (want, have)) in wanted.iter().zip(here).enumerate() {
         if want.1 > have.1 && !torpor_sys::probe::may_raise_limits() {
-            let why = format!("the image has a hard limit of {}, here it is {} and cannot be raised", want.1, have.1);
+            let why = format!(
+                "the image has a hard limit of {}, here it is {} and cannot be raised",
+                want.1, have.1
+            );
             return Err(Error::refused(pid, format!("resource limit {which}"), why));
         }
     }
@@ -182,14 +210,22 @@ pub fn rebuild_after_creds(batch: &mut Batch, process: Option<&ProcessState>, th
     batch.must("PR_SET_PDEATHSIG", prctl, [libc::PR_SET_PDEATHSIG.into(), death.into()]);
     // 2 (suid_dumpable) cannot be set by prctl; the kernel gives it by itself where it applies.
     if let Some(state) = process.filter(|s| s.dumpable < 2) {
-        batch.must("PR_SET_DUMPABLE", prctl, [libc::PR_SET_DUMPABLE.into(), state.dumpable.into()]);
+        batch.must(
+            "PR_SET_DUMPABLE",
+            prctl,
+            [libc::PR_SET_DUMPABLE.into(), state.dumpable.into()],
+        );
     }
 }
 
 /// What a thread registered with the kernel. The process's memory must be complete.
 pub fn rebuild_thread(batch: &mut Batch, state: &ThreadState) {
     let (head, len) = state.robust_list;
-    batch.must("set_robust_list", libc::SYS_set_robust_list, [head.into(), len.max(24).into()]);
+    batch.must(
+        "set_robust_list",
+        libc::SYS_set_robust_list,
+        [head.into(), len.max(24).into()],
+    );
     batch.must("set_tid_address", libc::SYS_set_tid_address, [state.clear_tid.into()]);
     if let Some((address, length, signature)) = state.rseq {
         let args = [address.into(), length.into(), 0.into(), signature.into()];
@@ -212,10 +248,18 @@ fn scheduling(batch: &mut Batch, state: &ThreadState) {
         batch.must("sched_setscheduler", libc::SYS_sched_setscheduler, args);
     }
     if state.nice != 0 {
-        batch.must("setpriority", libc::SYS_setpriority, [0.into(), 0.into(), state.nice.into()]);
+        batch.must(
+            "setpriority",
+            libc::SYS_setpriority,
+            [0.into(), 0.into(), state.nice.into()],
+        );
     }
     let bytes: Vec<u8> = state.affinity.iter().flat_map(|w| w.to_le_bytes()).collect();
     let mask = batch.data(&bytes);
     // Another machine may have other CPUs: then the thread may run where its cgroup lets it.
-    batch.may("sched_setaffinity", libc::SYS_sched_setaffinity, [0.into(), bytes.len().into(), mask.into()]);
+    batch.may(
+        "sched_setaffinity",
+        libc::SYS_sched_setaffinity,
+        [0.into(), bytes.len().into(), mask.into()],
+    );
 }

@@ -4,8 +4,8 @@
 use std::os::fd::OwnedFd;
 
 use serde::{Deserialize, Serialize};
-use torpor_sys::fd::{self, FileId};
 use torpor_sys::Pid;
+use torpor_sys::fd::{self, FileId};
 
 use crate::error::{About, Error, Result};
 
@@ -59,14 +59,19 @@ pub struct Table {
 fn kind_of(link: &str, id: &FileId) -> Option<Kind> {
     let name = link.strip_suffix(" (deleted)").unwrap_or(link);
     if let Some(name) = name.strip_prefix("/memfd:") {
-        return Some(Kind::Memfd { name: name.into(), seals: 0 });
+        return Some(Kind::Memfd {
+            name: name.into(),
+            seals: 0,
+        });
     }
     if name == "/dev/zero" || name.starts_with("[anon_shmem:") {
         return Some(Kind::Anonymous);
     }
     let is_file = id.kind() == libc::S_IFREG && id.nlink == 0 && !name.starts_with("/SYSV");
     let directory = name.rsplit_once('/').map(|(d, _)| if d.is_empty() { "/" } else { d });
-    directory.filter(|_| is_file).map(|d| Kind::Deleted { directory: d.into() })
+    directory
+        .filter(|_| is_file)
+        .map(|d| Kind::Deleted { directory: d.into() })
 }
 
 impl Table {
@@ -81,13 +86,21 @@ impl Table {
         if let Some(at) = self.keys.iter().position(|k| *k == (id.dev, id.ino)) {
             return Ok(Some(at));
         }
-        let Some(mut kind) = kind_of(link, &id) else { return Ok(None) };
+        let Some(mut kind) = kind_of(link, &id) else {
+            return Ok(None);
+        };
         let source = fd::reopen(file, libc::O_RDONLY).about(pid, link)?;
         if let Kind::Memfd { seals, .. } = &mut kind {
             *seals = fd::fcntl(&source, F_GET_SEALS, 0).about(pid, link)?;
         }
         self.keys.push((id.dev, id.ino));
-        self.states.push(State { kind, size: id.size, mode: id.mode & 0o7777, uid: id.uid, gid: id.gid });
+        self.states.push(State {
+            kind,
+            size: id.size,
+            mode: id.mode & 0o7777,
+            uid: id.uid,
+            gid: id.gid,
+        });
         self.sources.push(source);
         Ok(Some(self.states.len() - 1))
     }
@@ -123,7 +136,12 @@ pub fn rebuild_seals(state: &State, file: &OwnedFd) -> Result<()> {
 /// Refused: a System V segment.
 pub fn check_name(pid: Pid, name: &str) -> Result<()> {
     if name.starts_with("/SYSV") {
-        return Err(Error::unsupported(pid, name, "System V shared memory is not carried yet", ""));
+        return Err(Error::unsupported(
+            pid,
+            name,
+            "System V shared memory is not carried yet",
+            "",
+        ));
     }
     Ok(())
 }

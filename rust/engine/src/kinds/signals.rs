@@ -1,10 +1,10 @@
 //! Signal actions, masks, pending signals, alternate stacks.
 
 use serde::{Deserialize, Serialize};
+use torpor_sys::Pid;
 use torpor_sys::proc::Status;
 use torpor_sys::ptrace::{self, SigInfo};
 use torpor_sys::remote::{Arg, Batch, Data, Results};
-use torpor_sys::Pid;
 
 use crate::error::{About, Result};
 
@@ -98,7 +98,10 @@ pub fn answer_process(pid: Pid, asked: AskedProcess, results: &Results) -> Resul
         signal,
         words: [0, 8, 16, 24].map(|at| results.u64(room.skip(at))),
     };
-    Ok(ProcessState { actions: asked.0.into_iter().map(action).collect(), pending: pending(pid, true)? })
+    Ok(ProcessState {
+        actions: asked.0.into_iter().map(action).collect(),
+        pending: pending(pid, true)?,
+    })
 }
 
 fn pending(tid: Pid, of_process: bool) -> Result<Vec<Info>> {
@@ -128,7 +131,11 @@ pub fn answer_thread(tid: Pid, asked: Data, results: &Results, stopped: bool) ->
 /// SIGTRAP is left alone: the stub of a process that is being built ends in one (see [`trap_action`]).
 pub fn rebuild_actions(batch: &mut Batch, state: &ProcessState) {
     for signal in (1..=COUNT).filter(|s| ![SIGKILL, SIGSTOP, libc::SIGTRAP].contains(s)) {
-        let words = state.actions.iter().find(|a| a.signal == signal).map_or([0; 4], |a| a.words);
+        let words = state
+            .actions
+            .iter()
+            .find(|a| a.signal == signal)
+            .map_or([0; 4], |a| a.words);
         let bytes: Vec<u8> = words.iter().flat_map(|w| w.to_le_bytes()).collect();
         let action = batch.data(&bytes);
         let args = [signal.into(), action.into(), 0.into(), 8.into()];

@@ -33,7 +33,9 @@ pub fn ask(batch: &mut Batch, pid: Pid) -> Result<[Data; 3]> {
 
 /// The timers.
 pub fn answer(asked: [Data; 3], results: &Results) -> State {
-    State { interval: asked.map(|room| [0, 8, 16, 24].map(|at| results.u64(room.skip(at)))) }
+    State {
+        interval: asked.map(|room| [0, 8, 16, 24].map(|at| results.u64(room.skip(at)))),
+    }
 }
 
 /// Arms the timers: one of the last things, so that none fires in a half built process.
@@ -43,7 +45,11 @@ pub fn answer(asked: [Data; 3], results: &Results) -> State {
 pub fn rebuild(batch: &mut Batch, state: &State) {
     for (which, timer) in state.interval.iter().enumerate().filter(|(_, t)| **t != [0; 4]) {
         let [interval_s, interval_us, s, us] = *timer;
-        let timer = if (s, us) == (0, 0) { [interval_s, interval_us, interval_s, interval_us] } else { *timer };
+        let timer = if (s, us) == (0, 0) {
+            [interval_s, interval_us, interval_s, interval_us]
+        } else {
+            *timer
+        };
         let bytes: Vec<u8> = timer.iter().flat_map(|w| w.to_le_bytes()).collect();
         let value = batch.data(&bytes);
         batch.must("setitimer", libc::SYS_setitimer, [which.into(), value.into(), 0.into()]);

@@ -37,14 +37,22 @@ pub fn collect(memory: &Memory, vmas: &[Vma]) -> Result<State> {
         Some(vdso) => format!("{:016x}", xxhash_rust::xxh3::xxh3_64(&code(memory, vdso)?)),
         None => String::new(),
     };
-    Ok(State { parts: parts.iter().map(|v| (v.name.clone(), v.len())).collect(), digest })
+    Ok(State {
+        parts: parts.iter().map(|v| (v.name.clone(), v.len())).collect(),
+        digest,
+    })
 }
 
 /// The address of a `syscall` instruction in the vdso.
 pub fn syscall_instruction(memory: &Memory, vmas: &[Vma]) -> Result<Option<u64>> {
-    let Some(vdso) = vmas.iter().find(|v| v.name == "[vdso]") else { return Ok(None) };
+    let Some(vdso) = vmas.iter().find(|v| v.name == "[vdso]") else {
+        return Ok(None);
+    };
     let code = code(memory, vdso)?;
-    Ok(code.windows(2).position(|w| w == [0x0f, 0x05]).map(|at| vdso.start + at as u64))
+    Ok(code
+        .windows(2)
+        .position(|w| w == [0x0f, 0x05])
+        .map(|at| vdso.start + at as u64))
 }
 
 /// # Errors
@@ -56,7 +64,10 @@ pub fn plan(wanted: &State, here: &State) -> Result<()> {
     Err(Error::unsupported(
         1,
         "vdso",
-        format!("the image was made on another kernel (vdso {} here {})", wanted.digest, here.digest),
+        format!(
+            "the image was made on another kernel (vdso {} here {})",
+            wanted.digest, here.digest
+        ),
         "restore on the kernel that it was made on",
     ))
 }
@@ -67,7 +78,12 @@ pub fn plan_parts(pid: i32, wanted: &State, kernel: &[(u64, u64)]) -> Result<()>
     if kernel.iter().map(|k| k.1).eq(wanted.parts.iter().map(|p| p.1)) {
         return Ok(());
     }
-    Err(Error::unsupported(pid, "vdso", "the process has unmapped or split it, which is not carried yet", ""))
+    Err(Error::unsupported(
+        pid,
+        "vdso",
+        "the process has unmapped or split it, which is not carried yet",
+        "",
+    ))
 }
 
 /// Moves the parts of a process to where they were, through a place apart, since old and new may overlap.

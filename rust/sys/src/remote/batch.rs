@@ -20,7 +20,10 @@ impl Data {
     /// The part that begins `by` bytes further on.
     #[must_use]
     pub fn skip(self, by: usize) -> Data {
-        Data { offset: self.offset + by, len: self.len.saturating_sub(by) }
+        Data {
+            offset: self.offset + by,
+            len: self.len.saturating_sub(by),
+        }
     }
 }
 
@@ -95,7 +98,10 @@ impl Batch {
         self.data.resize(self.data.len().next_multiple_of(16), 0);
         let offset = self.data.len();
         self.data.extend_from_slice(bytes);
-        Data { offset, len: bytes.len() }
+        Data {
+            offset,
+            len: bytes.len(),
+        }
     }
 
     /// Puts a string into the data area, with its NUL.
@@ -128,7 +134,12 @@ impl Batch {
     fn push<const N: usize>(&mut self, what: String, nr: i64, args: [Arg; N], must: bool) -> usize {
         let mut all = [Arg::Value(0); 6];
         all[..N].copy_from_slice(&args);
-        self.calls.push(Call { what, nr, args: all, must });
+        self.calls.push(Call {
+            what,
+            nr,
+            args: all,
+            must,
+        });
         self.calls.len() - 1
     }
 
@@ -181,15 +192,26 @@ impl Batch {
             let ret = word(i);
             if call.must && (-4095..0).contains(&ret) {
                 let errno = Errno::from_raw(-ret as i32);
-                return Err(Error::Remote { pid, call: call.what.clone(), errno });
+                return Err(Error::Remote {
+                    pid,
+                    call: call.what.clone(),
+                    errno,
+                });
             }
         }
         if ran != self.calls.len() {
             let what = self.calls.get(ran).map(|c| c.what.clone()).unwrap_or_default();
-            return Err(Error::Unsuitable { pid, why: format!("the stub stopped before {what}") });
+            return Err(Error::Unsuitable {
+                pid,
+                why: format!("the stub stopped before {what}"),
+            });
         }
         let returned = (0..ran).map(word).collect();
-        Ok(Results { pid, returned, data: table[self.calls.len() * RECORD..].to_vec() })
+        Ok(Results {
+            pid,
+            returned,
+            data: table[self.calls.len() * RECORD..].to_vec(),
+        })
     }
 }
 

@@ -61,7 +61,18 @@ fn died(tid: Pid, event: Event) -> Error {
 pub fn call_at(tid: Pid, syscall_at: RemoteAddr, nr: i64, args: [u64; 6]) -> Result<i64> {
     let [rdi, rsi, rdx, r10, r8, r9] = args;
     let old = ptrace::regs(tid)?;
-    let regs = Regs { rip: syscall_at, rax: nr as u64, orig_rax: u64::MAX, rdi, rsi, rdx, r10, r8, r9, ..old };
+    let regs = Regs {
+        rip: syscall_at,
+        rax: nr as u64,
+        orig_rax: u64::MAX,
+        rdi,
+        rsi,
+        rdx,
+        r10,
+        r8,
+        r9,
+        ..old
+    };
     ptrace::set_regs(tid, &regs)?;
     // Entry and exit of the call.
     for _ in 0..2 {
@@ -88,7 +99,11 @@ impl Site {
             let got = call_at(tid, syscall_at, libc::SYS_mmap, args)?;
             if got != address as i64 {
                 let errno = nix::errno::Errno::from_raw(-got as i32);
-                return Err(Error::Remote { pid: tid, call: "mmap of the stub".into(), errno });
+                return Err(Error::Remote {
+                    pid: tid,
+                    call: "mmap of the stub".into(),
+                    errno,
+                });
             }
         }
         let memory = Memory::open(tid)?;
@@ -98,7 +113,11 @@ impl Site {
 
     /// A task that was cloned from one with the stub already in it, stopped at its very start.
     pub fn cloned(tid: Pid, place: Place) -> Result<Site> {
-        Ok(Site { tid, place, memory: Memory::open(tid)? })
+        Ok(Site {
+            tid,
+            place,
+            memory: Memory::open(tid)?,
+        })
     }
 
     /// The task.
@@ -129,19 +148,31 @@ impl Site {
     /// Runs a batch; `born` is called with each child or thread that it makes, stopped at its start.
     pub fn run_with(&self, batch: &Batch, mut born: impl FnMut(Pid) -> Result<()>) -> Result<Results> {
         if batch.size() > self.capacity() {
-            return Err(Error::Unsuitable { pid: self.tid, why: "a batch is larger than its table".into() });
+            return Err(Error::Unsuitable {
+                pid: self.tid,
+                why: "a batch is larger than its table".into(),
+            });
         }
         let table = self.place.table();
         self.memory.write(table, &batch.encode(table))?;
         let end = table + (batch.len() * RECORD) as u64;
         let old = ptrace::regs(self.tid)?;
-        let regs = Regs { rip: self.place.base, r15: table, r14: end, orig_rax: u64::MAX, ..old };
+        let regs = Regs {
+            rip: self.place.base,
+            r15: table,
+            r14: end,
+            orig_rax: u64::MAX,
+            ..old
+        };
         ptrace::set_regs(self.tid, &regs)?;
         let stop_at = self.place.base + stub::site().len() as u64;
         loop {
             ptrace::cont(self.tid, 0)?;
             match wait::until(self.tid, LIMIT)? {
-                Event::Stopped { signal: libc::SIGTRAP, event: 0 } if ptrace::regs(self.tid)?.rip == stop_at => break,
+                Event::Stopped {
+                    signal: libc::SIGTRAP,
+                    event: 0,
+                } if ptrace::regs(self.tid)?.rip == stop_at => break,
                 Event::Stopped { event, .. } if is_birth(event) => {
                     let child = ptrace::event_message(self.tid)? as Pid;
                     wait_birth(child)?;
@@ -149,7 +180,10 @@ impl Site {
                 }
                 // Signals wait until the process is whole; a fault of the stub itself must not loop.
                 Event::Stopped { signal, event: 0 } if !is_fault(signal) => {}
-                Event::Stopped { event: ptrace::EVENT_STOP, .. } => {}
+                Event::Stopped {
+                    event: ptrace::EVENT_STOP,
+                    ..
+                } => {}
                 other => return Err(died(self.tid, other)),
             }
         }
@@ -161,11 +195,24 @@ impl Site {
 }
 
 fn is_birth(event: i32) -> bool {
-    [libc::PTRACE_EVENT_FORK, libc::PTRACE_EVENT_VFORK, libc::PTRACE_EVENT_CLONE].contains(&event)
+    [
+        libc::PTRACE_EVENT_FORK,
+        libc::PTRACE_EVENT_VFORK,
+        libc::PTRACE_EVENT_CLONE,
+    ]
+    .contains(&event)
 }
 
 fn is_fault(signal: i32) -> bool {
-    [libc::SIGSEGV, libc::SIGBUS, libc::SIGILL, libc::SIGFPE, libc::SIGTRAP, libc::SIGSYS].contains(&signal)
+    [
+        libc::SIGSEGV,
+        libc::SIGBUS,
+        libc::SIGILL,
+        libc::SIGFPE,
+        libc::SIGTRAP,
+        libc::SIGSYS,
+    ]
+    .contains(&signal)
 }
 
 fn wait_birth(child: Pid) -> Result<()> {

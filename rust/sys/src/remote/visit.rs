@@ -58,8 +58,14 @@ struct Inside<'v> {
 }
 
 fn tail_of_vdso(memory: &Memory, vmas: &[Vma], need: usize) -> Result<RemoteAddr> {
-    let none = |why: &str| Error::Unsuitable { pid: memory.pid(), why: why.into() };
-    let vdso = vmas.iter().find(|v| v.name == "[vdso]").ok_or_else(|| none("it has no vdso to visit"))?;
+    let none = |why: &str| Error::Unsuitable {
+        pid: memory.pid(),
+        why: why.into(),
+    };
+    let vdso = vmas
+        .iter()
+        .find(|v| v.name == "[vdso]")
+        .ok_or_else(|| none("it has no vdso to visit"))?;
     let mut page = [0u8; PAGE_SIZE as usize];
     memory.read(vdso.end - PAGE_SIZE, &mut page)?;
     let used = page.iter().rposition(|b| *b != 0).map_or(0, |p| p + 1);
@@ -76,7 +82,11 @@ fn hole(vmas: &[Vma], len: u64) -> RemoteAddr {
     let top: u64 = 0x7fff_ffff_f000;
     let mut best = (0u64, 0u64);
     let mut last = 0x10_0000u64;
-    for (start, end) in vmas.iter().map(|v| (v.start.min(top), v.end.min(top))).chain([(top, top)]) {
+    for (start, end) in vmas
+        .iter()
+        .map(|v| (v.start.min(top), v.end.min(top)))
+        .chain([(top, top)])
+    {
         if start > last && start - last > best.1 - best.0 {
             best = (last, start);
         }
@@ -88,12 +98,30 @@ fn hole(vmas: &[Vma], len: u64) -> RemoteAddr {
 impl<'m> Visit<'m> {
     /// Writes the stub into the process and gives it `table_len` bytes of memory for tables, by one call made
     /// in thread `tid`. All threads must be stopped.
-    pub fn begin(host: Host, memory: &'m Memory, vmas: &[Vma], tid: Pid, inner_tid: Pid, table_len: u64) -> Result<Visit<'m>> {
+    pub fn begin(
+        host: Host,
+        memory: &'m Memory,
+        vmas: &[Vma],
+        tid: Pid,
+        inner_tid: Pid,
+        table_len: u64,
+    ) -> Result<Visit<'m>> {
         let parts = stub::visit();
         let code = tail_of_vdso(memory, vmas, parts.code.len())?;
-        let marker = MARKERS.into_iter().find(|s| host.busy_signals >> (s - 1) & 1 == 0).unwrap_or(0);
+        let marker = MARKERS
+            .into_iter()
+            .find(|s| host.busy_signals >> (s - 1) & 1 == 0)
+            .unwrap_or(0);
         let table = hole(vmas, table_len);
-        let visit = Visit { host, memory, code, len: parts.code.len(), table, table_len, marker };
+        let visit = Visit {
+            host,
+            memory,
+            code,
+            len: parts.code.len(),
+            table,
+            table_len,
+            marker,
+        };
         let mut inside = visit.enter(tid, inner_tid)?;
         let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_FIXED_NOREPLACE;
         let prot = libc::PROT_READ | libc::PROT_WRITE;
@@ -102,7 +130,11 @@ impl<'m> Visit<'m> {
         inside.leave()?;
         if got != table as i64 {
             let errno = nix::errno::Errno::from_raw(-got as i32);
-            return Err(Error::Remote { pid: visit.host.pid, call: "mmap of a table".into(), errno });
+            return Err(Error::Remote {
+                pid: visit.host.pid,
+                call: "mmap of a table".into(),
+                errno,
+            });
         }
         Ok(visit)
     }
@@ -110,12 +142,21 @@ impl<'m> Visit<'m> {
     /// Runs a batch in one thread of the process and puts the thread back.
     pub fn run(&self, tid: Pid, inner_tid: Pid, batch: &Batch) -> Result<Results> {
         if batch.size() as u64 > self.table_len {
-            return Err(Error::Unsuitable { pid: tid, why: "a batch is larger than its table".into() });
+            return Err(Error::Unsuitable {
+                pid: tid,
+                why: "a batch is larger than its table".into(),
+            });
         }
         self.memory.write(self.table, &batch.encode(self.table))?;
         let mut inside = self.enter(tid, inner_tid)?;
         let end = self.table + (batch.len() * RECORD) as u64;
-        let regs = Regs { rip: self.code, r15: self.table, r14: end, orig_rax: u64::MAX, ..inside.regs };
+        let regs = Regs {
+            rip: self.code,
+            r15: self.table,
+            r14: end,
+            orig_rax: u64::MAX,
+            ..inside.regs
+        };
         inside.go(&regs)?;
         let ran = ((ptrace::regs(tid)?.r15 - self.table) as usize) / RECORD;
         inside.leave()?;
@@ -141,15 +182,43 @@ impl<'m> Visit<'m> {
         let pool = self.constants(inner_tid, &regs, mask);
         code[parts.pool..parts.pool + pool.len()].copy_from_slice(&pool);
         self.memory.write(self.code, &code)?;
-        Ok(Inside { tid, regs, mask, home: true, held: Vec::new(), visit: self })
+        Ok(Inside {
+            tid,
+            regs,
+            mask,
+            home: true,
+            held: Vec::new(),
+            visit: self,
+        })
     }
 
     fn constants(&self, inner_tid: Pid, regs: &Regs, mask: u64) -> Vec<u8> {
         let (rax, rip) = restart(regs);
         let words = [
-            self.host.inner_pid as u64, inner_tid as u64, self.marker as u64, self.table, self.table_len,
-            regs.eflags, regs.rsp, mask, rax, regs.rbx, regs.rcx, regs.rdx, regs.rsi, regs.rdi, regs.rbp,
-            regs.r8, regs.r9, regs.r10, regs.r11, regs.r12, regs.r13, regs.r14, regs.r15, rip,
+            self.host.inner_pid as u64,
+            inner_tid as u64,
+            self.marker as u64,
+            self.table,
+            self.table_len,
+            regs.eflags,
+            regs.rsp,
+            mask,
+            rax,
+            regs.rbx,
+            regs.rcx,
+            regs.rdx,
+            regs.rsi,
+            regs.rdi,
+            regs.rbp,
+            regs.r8,
+            regs.r9,
+            regs.r10,
+            regs.r11,
+            regs.r12,
+            regs.r13,
+            regs.r14,
+            regs.r15,
+            rip,
         ];
         words.iter().flat_map(|w| w.to_le_bytes()).collect()
     }
@@ -173,7 +242,18 @@ impl Inside<'_> {
     fn call(&mut self, nr: i64, args: [u64; 6]) -> Result<i64> {
         let entry = self.visit.code + stub::visit().call;
         let [rdi, rsi, rdx, r10, r8, r9] = args;
-        let regs = Regs { rip: entry, rax: nr as u64, orig_rax: u64::MAX, rdi, rsi, rdx, r10, r8, r9, ..self.regs };
+        let regs = Regs {
+            rip: entry,
+            rax: nr as u64,
+            orig_rax: u64::MAX,
+            rdi,
+            rsi,
+            rdx,
+            r10,
+            r8,
+            r9,
+            ..self.regs
+        };
         self.go(&regs)?;
         Ok(ptrace::regs(self.tid)?.rbx as i64)
     }
@@ -185,7 +265,11 @@ impl Inside<'_> {
         let marker = self.visit.marker;
         let open = if marker == 0 { 0 } else { 1 << (marker - 1) };
         ptrace::set_sigmask(self.tid, !open)?;
-        if marker == 0 { self.step_to_marker() } else { self.run_to_marker(marker) }
+        if marker == 0 {
+            self.step_to_marker()
+        } else {
+            self.run_to_marker(marker)
+        }
     }
 
     fn run_to_marker(&mut self, marker: i32) -> Result<()> {
@@ -234,8 +318,14 @@ impl Inside<'_> {
                 }
                 Ok((signal, event))
             }
-            Event::Exited(code) => Err(Error::Died { pid: self.tid, how: format!("exit code {code}") }),
-            Event::Killed(signal) => Err(Error::Died { pid: self.tid, how: format!("signal {signal}") }),
+            Event::Exited(code) => Err(Error::Died {
+                pid: self.tid,
+                how: format!("exit code {code}"),
+            }),
+            Event::Killed(signal) => Err(Error::Died {
+                pid: self.tid,
+                how: format!("signal {signal}"),
+            }),
             Event::Continued => Ok((0, 0)),
         }
     }
