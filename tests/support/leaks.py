@@ -9,6 +9,7 @@ import os
 import re
 import subprocess
 import time
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -73,13 +74,17 @@ def snapshot() -> Snapshot:
     return Snapshot(frozenset((p.pid, p.start) for p in below), _mounts(), _cgroups(), _netns(below))
 
 
-def new_since(before: Snapshot, patience: float = 5.0) -> list[str]:
-    """Name everything that is there now and was not in `before`, after giving what is dying `patience` seconds to be gone."""
+def new_since(before: Snapshot, patience: float = 5.0, ignore: Callable[[], Iterable[int]] = tuple) -> list[str]:
+    """Name everything that is there now and was not in `before`, after giving what is dying `patience` seconds to be gone.
+
+    Processes that `ignore` names may be new: those of a container that starts and ends some itself.
+    """
     deadline = time.monotonic() + patience
     while True:
         procs.reap()
         below = procs.descendants(os.getpid())
-        left = [f"process: {p}" for p in below if (p.pid, p.start) not in before.processes]
+        ignored = set(ignore())
+        left = [f"process: {p}" for p in below if (p.pid, p.start) not in before.processes and p.pid not in ignored]
         now = Snapshot(frozenset(), _mounts(), _cgroups(), _netns(below))
         left += [f"mount: {m}" for m in sorted(now.mounts - before.mounts)]
         left += [f"cgroup: {c}" for c in sorted(now.cgroups - before.cgroups)]
