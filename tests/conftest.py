@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from support import procs
 
 # CI must have everything that a test asks for, except these, which no machine of ours has.
-MAY_LACK_IN_CI = frozenset({"soft_dirty"})
+MAY_LACK_IN_CI = frozenset({"raise-limits"})
 
 hypothesis.settings.register_profile("fast", max_examples=50, deadline=None)
 hypothesis.settings.register_profile("slow", max_examples=1000, deadline=None)
