@@ -144,7 +144,7 @@ def _fill(home: Home, state: State, spec: dict[str, Any], image: str, commit: Ca
         "pid": state.pid,
         "image_path": os.path.abspath(image),
         "spec": spec,
-        "orphan": ruins.orphan_command(home),
+        "orphan": ruins.orphan_command(home, state),
     }
     report = json.loads(_core.restore(json.dumps(request), on_loaded))
     log.debug(f"restored {image} into {state.id}: {report}")

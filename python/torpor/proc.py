@@ -39,6 +39,15 @@ def start_time(pid: int) -> int | None:
     return found.start_time if found else None
 
 
+def comm(pid: int) -> str:
+    """The name of a process, "" when there is none."""
+    try:
+        with open(f"/proc/{pid}/comm", encoding="utf-8", errors="replace") as f:
+            return f.read().rstrip("\n")
+    except OSError:
+        return ""
+
+
 def is_alive(pid: int, started: int) -> bool:
     """Whether this very process still runs. A zombie does not, unless a thread of it lives on after its leader left."""
     found = stat(pid)
@@ -69,14 +78,23 @@ def from_wait_status(status: int) -> int:
 
 def innermost_pid(pid: int) -> int:
     """The pid that a process has in its own pid namespace."""
+    return _last_number_of(pid, "NSpid:") or pid
+
+
+def tracer(pid: int) -> int:
+    """The process that traces this one, 0 when there is none."""
+    return _last_number_of(pid, "TracerPid:")
+
+
+def _last_number_of(pid: int, field: str) -> int:
     try:
         with open(f"/proc/{pid}/status", encoding="utf-8", errors="replace") as f:
             for line in f:
-                if line.startswith("NSpid:"):
+                if line.startswith(field):
                     return int(line.split()[-1])
     except (FileNotFoundError, ProcessLookupError):
         pass
-    return pid
+    return 0
 
 
 def cgroup_processes(pid: int) -> list[int]:

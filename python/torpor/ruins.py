@@ -27,13 +27,11 @@ def is_ruin(home: Home, state: State | None) -> bool:
     if state.status not in TRANSIENT:
         return False
     owner = state.owner_process
-    return owner is None or proc.start_time(owner[0]) != owner[1]
+    return owner is None or not proc.is_alive(*owner)
 
 
 def clear_if_ruin(home: Home) -> bool:
-    """Clear the directory if it is a ruin. The lock is waited for: a tracer that outlived its torpor may be at the same
-    work.
-    """
+    """Clear the directory if it is a ruin. The lock is waited for: what a tracer started may be at the same work."""
     if not is_ruin(home, home.read()):
         return False
     try:
@@ -69,31 +67,50 @@ def clear(home: Home, state: State | None) -> None:
     remove_tree(home.path)
 
 
-def orphan_command(home: Home) -> dict[str, Any]:
-    """What the tracer runs when the torpor it works for is killed in a restore: `clear`, in a new process.
-
-    The tracer is a fork of us, so it holds our lock on the container and this must not wait for it.
-    """
+def orphan_command(home: Home, state: State) -> dict[str, Any]:
+    """What the tracer runs when it has undone a restore because the torpor it works for was killed."""
     package = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
     if sys.executable:
-        code = "import sys; sys.path.insert(0, sys.argv[1]); from torpor import ruins; ruins.clear_orphan(sys.argv[2])"
-        argv = [sys.executable, "-I", "-S", "-c", code, package, home.path]
+        code = (
+            "import sys; sys.path.insert(0, sys.argv[1]); from torpor import ruins; ruins.clear_orphan(*sys.argv[2:])"
+        )
+        argv = [sys.executable, "-I", "-S", "-c", code, package, home.path, str(state.pid)]
         return {"argv0_path": sys.executable, "argv": argv, "remove": []}
     # Python inside another program. What stays of the directory, the next torpor finds and clears.
     argv = ["torpor-launcher", "delete", "--root", home.file("oci"), "--id", home.id]
     return {"argv0_path": launcher.path(), "argv": argv, "remove": []}
 
 
-def clear_orphan(path: str) -> None:
-    """`clear` without the lock."""
+def clear_orphan(path: str, pid: str) -> None:
+    """Clear the container whose init had this pid.
+
+    Its status may be `running` already: torpor may have been killed after it wrote that and before it told the tracer
+    to go on.
+    """
     home = Home(*os.path.split(path))
-    clear(home, home.read())
+    with home:
+        state = home.read()
+        if state is not None and state.pid == int(pid):
+            clear(home, state)
+
+
+def end_tracers(state: State) -> None:
+    """End the tracers that hold a container: a stuck one must not make it undeletable."""
+    for pid in proc.cgroup_processes(state.pid):
+        tracer = proc.tracer(pid)
+        if tracer and tracer != os.getppid() and proc.comm(tracer) == "torpor-tracer":
+            log.debug(f"ending tracer {tracer} of container {state.id}")
+            try:
+                os.kill(tracer, _SIGKILL)
+            except ProcessLookupError:
+                pass
 
 
 def kill(state: State) -> None:
     """SIGKILL for the init of a container; the kernel takes the rest of its pid namespace along."""
     if state.pid == 0 or not proc.is_alive(state.pid, state.start_time):
         return
+    end_tracers(state)
     try:
         os.kill(state.pid, _SIGKILL)
     except ProcessLookupError:

@@ -297,6 +297,26 @@ def test_what_a_dead_torpor_left_is_a_ruin(tmp_path: Path) -> None:
     assert not Path(home.path).exists()
 
 
+def test_a_torpor_that_nobody_has_reaped_is_dead_too(tmp_path: Path) -> None:
+    child = subprocess.Popen(["sleep", "60"])
+    home = make(tmp_path, "c", "creating", owner=(child.pid, proc.start_time(child.pid) or 0))
+    assert not ruins.clear_if_ruin(home)
+    child.kill()
+    os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
+    assert ruins.clear_if_ruin(home)
+    child.wait()
+
+
+def test_an_orphan_is_cleared_by_its_pid(tmp_path: Path) -> None:
+    home = make(tmp_path, "c", "running")
+    ruins.clear_orphan(home.path, str(os.getpid() + 1))
+    assert Path(home.path).exists()
+    with home:
+        home.write(State(id="c", status="running", pid=2**22 + 1, start_time=1))
+    ruins.clear_orphan(home.path, str(2**22 + 1))
+    assert not Path(home.path).exists()
+
+
 def test_what_a_living_torpor_is_at_is_none(tmp_path: Path) -> None:
     me = (os.getpid(), proc.start_time(os.getpid()) or 0)
     home = make(tmp_path, "c", "restoring", owner=me)

@@ -9,8 +9,8 @@ use torpor_sys::fd;
 use torpor_sys::pagemap::Pagemap;
 
 use crate::collect::Collected;
-use crate::error::{About, Result};
-use crate::kinds::memory;
+use crate::error::{About, Error, Result};
+use crate::kinds::memory::{self, Area};
 use crate::model::Inventory;
 use crate::stage::Cancel;
 
@@ -37,16 +37,20 @@ struct Copier<'w> {
     captured: Captured,
 }
 
-/// Copies everything that `collected` found.
+/// Copies everything that `collected` found, from processes that stand still.
 pub fn capture(collected: &Collected, writer: &mut Writer, cancel: &Cancel) -> Result<Captured> {
-    let mut copier = Copier {
-        writer,
-        cancel,
-        buffer: vec![0; PIECE],
-        captured: Captured::default(),
-    };
+    let mut captured = in_pause(collected, writer, cancel)?;
+    captured.add(&from(collected, Some, writer, cancel)?);
+    Ok(captured)
+}
+
+/// Copies what a twin does not have: shared objects, which would change under it, and areas that are not inherited.
+pub fn in_pause(collected: &Collected, writer: &mut Writer, cancel: &Cancel) -> Result<Captured> {
+    let mut copier = Copier::new(writer, cancel);
     for source in &collected.sources {
-        copier.address_space(&collected.inventory, source.index, source.pid)?;
+        copier.address_space(&collected.inventory, source.index, source.pid, |area| {
+            !area.is_inherited()
+        })?;
     }
     for (index, (file, state)) in collected
         .shared
@@ -59,15 +63,55 @@ pub fn capture(collected: &Collected, writer: &mut Writer, cancel: &Cancel) -> R
     Ok(copier.captured)
 }
 
+/// Copies the rest of each address space from whoever `reader` says has it.
+pub fn from(
+    collected: &Collected,
+    reader: impl Fn(i32) -> Option<i32>,
+    writer: &mut Writer,
+    cancel: &Cancel,
+) -> Result<Captured> {
+    let mut copier = Copier::new(writer, cancel);
+    for source in &collected.sources {
+        let pid = reader(source.pid).ok_or_else(|| Error::nonsense("a process without a twin"))?;
+        copier.address_space(&collected.inventory, source.index, pid, Area::is_inherited)?;
+    }
+    Ok(copier.captured)
+}
+
+impl Captured {
+    /// Both together.
+    pub fn add(&mut self, other: &Captured) {
+        self.pages += other.pages;
+        self.zeroes += other.zeroes;
+    }
+}
+
+impl<'w> Copier<'w> {
+    fn new(writer: &'w mut Writer, cancel: &'w Cancel) -> Copier<'w> {
+        Copier {
+            writer,
+            cancel,
+            buffer: vec![0; PIECE],
+            captured: Captured::default(),
+        }
+    }
+}
+
 impl Copier<'_> {
-    fn address_space(&mut self, inventory: &Inventory, index: usize, pid: i32) -> Result<()> {
+    fn address_space(
+        &mut self,
+        inventory: &Inventory,
+        index: usize,
+        pid: i32,
+        wanted: impl Fn(&Area) -> bool,
+    ) -> Result<()> {
         let Some(body) = &inventory.processes[index].body else {
             return Ok(());
         };
         let pagemap = Pagemap::open(pid).about(pid, "pagemap")?;
         let memory = memory::open(pid)?;
         let mut ranges = Vec::new();
-        for area in body.memory.areas.iter().filter(|a| a.is_private()) {
+        for area in body.memory.areas.iter().filter(|a| a.is_private() && wanted(a)) {
             pagemap
                 .private_data(area.start, area.end, &mut ranges)
                 .about(pid, "pagemap")?;

@@ -1,6 +1,7 @@
 //! From a running container to an image: freeze -> collect -> capture -> write -> finish.
 
 use std::path::PathBuf;
+use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
@@ -8,7 +9,7 @@ use torpor_image::{HeaderInfo, Writer};
 
 use crate::error::Result;
 use crate::stage::{Cancel, Run, Stage, Timing};
-use crate::{capture, collect, freeze};
+use crate::{capture, collect, freeze, twin};
 
 /// What to do.
 #[derive(Debug, Deserialize)]
@@ -20,12 +21,35 @@ pub struct Request {
     /// Whether the container goes on.
     #[serde(default)]
     pub leave_running: bool,
+    /// How memory is captured: "stop" or "background"; by default in the background when the container goes on.
+    #[serde(default)]
+    pub capture: Option<Capture>,
     /// The container's config.json, kept in the image.
     #[serde(default)]
     pub spec: Value,
     /// What the runtime wants to know again at restore, kept in the image.
     #[serde(default)]
     pub container: Value,
+}
+
+/// How memory is captured.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Capture {
+    /// Copied while the container stands still.
+    Stop,
+    /// Copied from twins while it runs on.
+    Background,
+}
+
+impl Request {
+    /// A container that is to end has nothing to gain from running on.
+    fn mode(&self) -> Capture {
+        match self.capture {
+            _ if !self.leave_running => Capture::Stop,
+            wanted => wanted.unwrap_or(Capture::Background),
+        }
+    }
 }
 
 /// What was done.
@@ -59,16 +83,31 @@ pub fn checkpoint(request: &Request, cancel: &Cancel) -> Result<Report> {
     let collected = run.stage(Stage::Collect, || {
         collect::collect(&frozen, &mut |bytes| Ok(writer.append_blob(bytes)?))
     })?;
-    let captured = run.stage(Stage::Capture, || capture::capture(&collected, &mut writer, cancel))?;
-    // Memory is in the file now: a container that goes on need not wait for the disk.
     let since = frozen.since;
-    let (frozen, mut pause) = match request.leave_running {
-        true => {
-            frozen.release()?;
-            (None, since.elapsed())
+    let mut pause = Duration::ZERO;
+    let (frozen, captured) = run.stage(Stage::Capture, || match request.mode() {
+        Capture::Stop => {
+            let captured = capture::capture(&collected, &mut writer, cancel)?;
+            // Memory is in the file now: a container that goes on need not wait for the disk.
+            let frozen = if request.leave_running {
+                frozen.release().map(|()| None)?
+            } else {
+                Some(frozen)
+            };
+            pause = since.elapsed();
+            Ok((frozen, captured))
         }
-        false => (Some(frozen), since.elapsed()),
-    };
+        Capture::Background => {
+            let mut captured = capture::in_pause(&collected, &mut writer, cancel)?;
+            let twins = twin::make(&collected.sources)?;
+            frozen.release()?;
+            pause = since.elapsed();
+            captured.add(&capture::from(&collected, |pid| twins.of(pid), &mut writer, cancel)?);
+            twins.check()?;
+            twins.dismiss()?;
+            Ok((None, captured))
+        }
+    })?;
     let committed = run.stage(Stage::Write, || {
         writer.add_section("metadata", &collected.inventory)?;
         writer.add_section("spec", &request.spec)?;

@@ -12,7 +12,8 @@ use torpor_sys::{Pid, fork, proc};
 use crate::error::{About, Error, Result};
 use crate::kinds::cpu;
 
-const LIMIT: Duration = Duration::from_secs(10);
+/// How long a task may take to stop or to end.
+pub const LIMIT: Duration = Duration::from_secs(10);
 
 /// A process whose threads are all stopped by us.
 #[derive(Debug)]
@@ -98,9 +99,7 @@ impl Frozen {
     /// A signal with a handler waits for a thread whose call we set back: its EINTR was the program's own.
     fn keep_own_interrupts(&self) -> Result<()> {
         for tid in &self.rewound {
-            let status = proc::status(*tid).about(*tid, "status")?;
-            let pending = (status.sig_pending | status.shared_pending) & !status.sig_blocked;
-            if pending & status.sig_caught != 0 {
+            if has_own_interrupt(*tid)? {
                 cpu::keep_interrupted(*tid)?;
             }
         }
@@ -322,6 +321,13 @@ impl Drop for Thaw<'_> {
     fn drop(&mut self) {
         let _ = self.0.thaw();
     }
+}
+
+/// Whether a signal with a handler waits for a thread, which ends the call that it is in.
+pub fn has_own_interrupt(tid: Pid) -> Result<bool> {
+    let status = proc::status(tid).about(tid, "status")?;
+    let pending = (status.sig_pending | status.shared_pending) & !status.sig_blocked;
+    Ok(pending & status.sig_caught != 0)
 }
 
 fn is_in_signal_stop(tid: Pid) -> bool {

@@ -17,6 +17,7 @@ pub mod model;
 pub mod plan;
 pub mod restore;
 pub mod stage;
+pub mod twin;
 
 pub use checkpoint::checkpoint;
 pub use error::Error;

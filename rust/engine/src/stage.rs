@@ -95,8 +95,8 @@ impl<'c> Run<'c> {
         let start = Instant::now();
         // The last stages have a point of no return inside: a failure is tried before it, not after.
         let last = matches!(stage, Stage::Finish | Stage::Resume);
-        let before = || if last { failpoint(stage) } else { Ok(()) };
-        let after = || if last { Ok(()) } else { failpoint(stage) };
+        let before = || if last { failpoint(stage, self.cancel) } else { Ok(()) };
+        let after = || if last { Ok(()) } else { failpoint(stage, self.cancel) };
         let result = self.cancel.check().and_then(|()| before()).and_then(|()| work());
         let result = result.and_then(|value| after().map(|()| value));
         let us = start.elapsed().as_micros().try_into().unwrap_or(u64::MAX);
@@ -112,7 +112,7 @@ impl<'c> Run<'c> {
 
 /// `TORPOR_FAILPOINT=stage[:error|kill|hang]`: what tests use to stop us at the end of a stage, while what it
 /// made still stands.
-fn failpoint(stage: Stage) -> Result<()> {
+fn failpoint(stage: Stage, cancel: &Cancel) -> Result<()> {
     static WANTED: OnceLock<String> = OnceLock::new();
     let wanted = WANTED.get_or_init(|| std::env::var("TORPOR_FAILPOINT").unwrap_or_default());
     let (name, action) = wanted.split_once(':').unwrap_or((wanted, "error"));
@@ -125,7 +125,8 @@ fn failpoint(stage: Stage) -> Result<()> {
             Ok(())
         }
         "hang" => loop {
-            std::thread::sleep(std::time::Duration::from_secs(3600));
+            std::thread::sleep(std::time::Duration::from_millis(20));
+            cancel.check()?;
         },
         _ => Err(Error::Failpoint { stage: Some(stage) }),
     }

@@ -19,6 +19,9 @@ use torpor_sys::{Pid, fork, wait};
 
 use crate::errors::Failure;
 
+/// How long a tracer may take to undo its work when its caller is gone.
+const GRACE: Duration = Duration::from_secs(15);
+
 /// What the tracer tells.
 #[derive(Debug, Serialize, Deserialize)]
 enum Message {
@@ -86,6 +89,10 @@ fn in_tracer(socket: OwnedFd, work: impl FnOnce(&mut Caller, &Cancel) -> Message
         std::thread::spawn(move || {
             fork::wait_hangup(&watched);
             flag.cancel();
+            // Undoing takes milliseconds. If it hangs, the kernel is the better one to undo: it lets go of all tasks
+            // of a tracer that ends.
+            std::thread::sleep(GRACE);
+            fork::exit_now(2);
         });
     }
     let mut caller = Caller(File::from(socket));
@@ -160,6 +167,13 @@ impl Aftermath {
             } else {
                 freezer.thaw()
             };
+        }
+        // Twins ended with their tracer; their zombies need another one.
+        let init = self.init;
+        let reaper = start(move |_, _| conclude(torpor_engine::twin::reap_orphans(init)));
+        if let Ok(Tracer { pid, socket, .. }) = reaper {
+            while matches!(fork::read_for(&socket, 10_000), Ok(Some(bytes)) if !bytes.is_empty()) {}
+            let _ = fork::wait_child(pid);
         }
         for dir in &self.new_dirs {
             // Only what is empty goes.

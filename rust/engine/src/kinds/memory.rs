@@ -247,6 +247,11 @@ impl Area {
         self.flags & libc::MAP_PRIVATE != 0
     }
 
+    /// Whether a child gets a copy of it (fork(2)): if not, a twin does not have it either.
+    pub fn is_inherited(&self) -> bool {
+        !self.advice.contains(&libc::MADV_DONTFORK) && !self.advice.contains(&libc::MADV_WIPEONFORK)
+    }
+
     /// Made writable until it is filled; then its real protection is set by [`seal`]. One that never was
     /// writable stays as it is: making it so would count it as memory in use.
     pub fn is_opened(&self) -> bool {

@@ -55,10 +55,24 @@ global_asm!(
     // In a living task: run the table (or one call with the registers as they are), send the marker signal
     // that the tracer sees and nobody else, and, when there is no tracer any more, put everything back:
     // unmap the table, then flags, mask and registers, and jump to where the task was.
-    ".globl torpor_visit_start, torpor_visit_call, torpor_visit_marked, torpor_visit_pool, torpor_visit_end",
+    //
+    // The fork entry makes a twin of the process. The twin never gets past this: its tracer holds it or, when that
+    // is gone, it ends. r12 is the twin's pid then, and 0 otherwise: on the way home without a tracer it is
+    // waited for.
+    ".globl torpor_visit_start, torpor_visit_call, torpor_visit_fork, torpor_visit_marked, torpor_visit_pool",
+    ".globl torpor_visit_end",
     "torpor_visit_start:",
     "   torpor_run_table",
     "   jmp 5f",
+    "torpor_visit_fork:",
+    "   syscall",
+    "   mov rbx, rax",
+    "   mov r12, rax",
+    "   test rax, rax",
+    "   jnz 5f",
+    "   mov eax, 231", // exit_group
+    "   mov edi, 0",
+    "   syscall",
     "torpor_visit_call:",
     "   syscall",
     "   mov rbx, rax",
@@ -68,7 +82,15 @@ global_asm!(
     "   mov edx, [rip + 6f + 16]",
     "   syscall",
     "torpor_visit_marked:",
-    "   mov eax, 11", // munmap
+    "   test r12, r12",
+    "   jle 7f",
+    "   mov eax, 61", // wait4
+    "   mov rdi, r12",
+    "   mov esi, 0",
+    "   mov edx, 0x80000000", // __WCLONE
+    "   mov r10d, 0",
+    "   syscall",
+    "7: mov eax, 11", // munmap
     "   mov rdi, [rip + 6f + 24]",
     "   mov rsi, [rip + 6f + 32]",
     "   syscall",
@@ -111,6 +133,7 @@ unsafe extern "C" {
     static torpor_site_end: u8;
     static torpor_visit_start: u8;
     static torpor_visit_call: u8;
+    static torpor_visit_fork: u8;
     static torpor_visit_marked: u8;
     static torpor_visit_pool: u8;
     static torpor_visit_end: u8;
@@ -131,6 +154,8 @@ pub(super) struct VisitCode {
     pub code: &'static [u8],
     /// Entry that makes one call with the registers as they are; its result is then in rbx.
     pub call: u64,
+    /// Entry that makes a twin; its pid is then in rbx.
+    pub fork: u64,
     /// Address after the marker call.
     pub marked: u64,
     pub pool: usize,
@@ -142,6 +167,7 @@ pub(super) fn visit() -> VisitCode {
     VisitCode {
         code: between(start, &raw const torpor_visit_end),
         call: offset(&raw const torpor_visit_call) as u64,
+        fork: offset(&raw const torpor_visit_fork) as u64,
         marked: offset(&raw const torpor_visit_marked) as u64,
         pool: offset(&raw const torpor_visit_pool),
     }

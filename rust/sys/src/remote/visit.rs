@@ -54,6 +54,7 @@ struct Inside<'v> {
     mask: u64,
     home: bool,
     held: Vec<i32>,
+    born: Option<Pid>,
     visit: &'v Visit<'v>,
 }
 
@@ -154,6 +155,7 @@ impl<'m> Visit<'m> {
             rip: self.code,
             r15: self.table,
             r14: end,
+            r12: 0,
             orig_rax: u64::MAX,
             ..inside.regs
         };
@@ -163,6 +165,34 @@ impl<'m> Visit<'m> {
         let mut table = vec![0; batch.size()];
         self.memory.read(self.table, &mut table)?;
         batch.decode(self.host.pid, table, ran)
+    }
+
+    /// Makes a twin of the process: a child that has its memory as it is now, copied on write, and that is held
+    /// by us at its very first instruction. It is no child that the program can see by wait(2) without __WCLONE, and
+    /// its end sends no signal. The thread must have [`ptrace::Options::FOLLOW`].
+    pub fn twin(&self, tid: Pid, inner_tid: Pid) -> Result<Pid> {
+        let mut inside = self.enter(tid, inner_tid)?;
+        let twin = inside.fork()?;
+        inside.leave()?;
+        Ok(twin)
+    }
+
+    /// The same stub in the twin of its process, which is `pid` to us and `inner_pid` to itself.
+    pub fn in_twin<'t>(&self, memory: &'t Memory, pid: Pid, inner_pid: Pid) -> Visit<'t> {
+        let host = Host {
+            pid,
+            inner_pid,
+            busy_signals: self.host.busy_signals,
+        };
+        Visit {
+            host,
+            memory,
+            code: self.code,
+            len: self.len,
+            table: self.table,
+            table_len: self.table_len,
+            marker: self.marker,
+        }
     }
 
     /// Takes everything out of the process again.
@@ -188,6 +218,7 @@ impl<'m> Visit<'m> {
             mask,
             home: true,
             held: Vec::new(),
+            born: None,
             visit: self,
         })
     }
@@ -246,6 +277,7 @@ impl Inside<'_> {
             rip: entry,
             rax: nr as u64,
             orig_rax: u64::MAX,
+            r12: 0,
             rdi,
             rsi,
             rdx,
@@ -256,6 +288,38 @@ impl Inside<'_> {
         };
         self.go(&regs)?;
         Ok(ptrace::regs(self.tid)?.rbx as i64)
+    }
+
+    fn fork(&mut self) -> Result<Pid> {
+        // clone(2): no flags, no exit signal.
+        let entry = self.visit.code + stub::visit().fork;
+        let nr = libc::SYS_clone as u64;
+        let regs = Regs {
+            rip: entry,
+            rax: nr,
+            orig_rax: u64::MAX,
+            rdi: 0,
+            rsi: 0,
+            rdx: 0,
+            r10: 0,
+            r8: 0,
+            r9: 0,
+            ..self.regs
+        };
+        self.born = None;
+        self.go(&regs)?;
+        let returned = ptrace::regs(self.tid)?.rbx as i64;
+        match self.born.take() {
+            Some(twin) => Ok(twin),
+            None => {
+                let errno = nix::errno::Errno::from_raw(-returned as i32);
+                Err(Error::Remote {
+                    pid: self.visit.host.pid,
+                    call: "clone of a twin".into(),
+                    errno,
+                })
+            }
+        }
     }
 
     /// Runs from the given registers to the marker.
@@ -311,6 +375,9 @@ impl Inside<'_> {
     fn stop(&mut self) -> Result<(i32, i32)> {
         match wait::until(self.tid, LIMIT)? {
             Event::Stopped { signal, event } => {
+                if [libc::PTRACE_EVENT_FORK, libc::PTRACE_EVENT_CLONE].contains(&event) {
+                    self.take_twin()?;
+                }
                 let is_ours = signal == self.visit.marker || signal & 0x7f == libc::SIGTRAP;
                 if event == 0 && !is_ours {
                     // Only signals that nothing can block get here. They are sent again at the end.
@@ -328,6 +395,22 @@ impl Inside<'_> {
             }),
             Event::Continued => Ok((0, 0)),
         }
+    }
+
+    /// From here on the twin dies with us.
+    fn take_twin(&mut self) -> Result<()> {
+        let twin = ptrace::event_message(self.tid)? as Pid;
+        match wait::until(twin, LIMIT)? {
+            Event::Stopped { .. } => ptrace::set_options(twin, ptrace::Options::EXIT_KILL)?,
+            other => {
+                return Err(Error::Died {
+                    pid: twin,
+                    how: format!("{other:?}"),
+                });
+            }
+        }
+        self.born = Some(twin);
+        Ok(())
     }
 
     fn leave(mut self) -> Result<()> {

@@ -1,0 +1,257 @@
+//! Background capture: a twin of each process keeps its memory as it was, copied on write, while the process itself
+//! runs on. The pause is then the copy of page tables, not of pages.
+//!
+//! A twin never runs an instruction of the program. It has no descriptors, so that no end of file or hang-up waits
+//! for it; a session of its own, so that a signal to the program's group misses it; and it dies with its tracer.
+//! The program cannot see it by wait(2), gets no SIGCHLD for it, and is made to wait for it by an injected call:
+//! with exit signal 0 it would stay a zombie.
+
+use std::time::{Duration, Instant};
+
+use torpor_sys::mem::Memory;
+use torpor_sys::proc;
+use torpor_sys::ptrace::{self, Options};
+use torpor_sys::remote::visit::Host;
+use torpor_sys::remote::{Batch, Visit};
+use torpor_sys::wait::{self, Event};
+use torpor_sys::{Pid, fork};
+
+use crate::collect::Source;
+use crate::error::{About, Error, Result};
+use crate::freeze;
+use crate::kinds::{cpu, memory};
+
+const TABLE: u64 = 16 * 1024;
+
+/// A twin and the process that it is one of.
+#[derive(Debug)]
+struct Twin {
+    pid: Pid,
+    inner: i32,
+    original: Pid,
+}
+
+/// Twins of a whole tree. Dropping them ends them without a trace.
+#[derive(Debug, Default)]
+pub struct Twins {
+    all: Vec<Twin>,
+}
+
+impl Drop for Twins {
+    fn drop(&mut self) {
+        for twin in std::mem::take(&mut self.all) {
+            // A process that is gone takes the trace of its twin with it.
+            let _ = twin.dismiss();
+        }
+    }
+}
+
+/// Makes a twin of every process; all of their threads are stopped by us.
+pub fn make(sources: &[Source]) -> Result<Twins> {
+    let mut twins = Twins::default();
+    for source in sources {
+        twins.add(source.pid)?;
+    }
+    Ok(twins)
+}
+
+fn ids(pid: Pid) -> Result<(i32, u64)> {
+    let status = proc::status(pid).about(pid, "status")?;
+    let busy = busy_signals(pid)?;
+    Ok((status.ns_pids.last().copied().unwrap_or(pid), busy))
+}
+
+fn busy_signals(pid: Pid) -> Result<u64> {
+    let mut busy = 0;
+    for tid in proc::threads(pid).about(pid, "threads")? {
+        let s = proc::status(tid).about(tid, "status")?;
+        busy |= s.sig_caught | s.sig_blocked | s.sig_pending | s.shared_pending;
+    }
+    Ok(busy)
+}
+
+/// Visits a stopped process through its main thread.
+fn visit<T>(pid: Pid, work: impl FnOnce(&Visit<'_>, i32) -> Result<T>) -> Result<T> {
+    let (inner_pid, busy_signals) = ids(pid)?;
+    let memory = memory::open(pid)?;
+    let vmas = proc::maps(pid).about(pid, "maps")?;
+    let host = Host {
+        pid,
+        inner_pid,
+        busy_signals,
+    };
+    let visit = Visit::begin(host, &memory, &vmas, pid, inner_pid, TABLE).about(pid, "visit")?;
+    let result = work(&visit, inner_pid);
+    let ended = visit.end(pid, inner_pid).about(pid, "visit");
+    let value = result?;
+    ended?;
+    Ok(value)
+}
+
+impl Twins {
+    fn add(&mut self, original: Pid) -> Result<()> {
+        let options = Options::SUSPEND_SECCOMP;
+        ptrace::set_options(original, options.and(Options::FOLLOW)).about(original, "twin")?;
+        let made = visit(original, |visit, inner_pid| {
+            let pid = visit.twin(original, inner_pid).about(original, "twin")?;
+            let inner = proc::status(pid)
+                .about(pid, "twin")?
+                .ns_pids
+                .last()
+                .copied()
+                .unwrap_or(pid);
+            self.all.push(Twin { pid, inner, original });
+            isolate(visit, pid, inner)
+        });
+        ptrace::set_options(original, options).about(original, "twin")?;
+        made
+    }
+
+    /// The twin of a process.
+    pub fn of(&self, original: Pid) -> Option<Pid> {
+        self.all.iter().find(|t| t.original == original).map(|t| t.pid)
+    }
+
+    /// Ends all twins. An error means that a program may see what is left of one.
+    pub fn dismiss(mut self) -> Result<()> {
+        let all = std::mem::take(&mut self.all);
+        all.into_iter().map(Twin::dismiss).fold(Ok(()), Result::and)
+    }
+
+    /// # Errors
+    /// When a twin has died: what was read from it is not to be trusted.
+    pub fn check(&self) -> Result<()> {
+        for twin in &self.all {
+            if let Some(event) = wait::poll(twin.pid).about(twin.pid, "twin")? {
+                let why = format!("the copy of its memory that was being saved was killed ({event:?})");
+                return Err(Error::unsupported(
+                    twin.original,
+                    "background capture",
+                    why,
+                    "try --capture=stop",
+                ));
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Takes from a twin what others could notice.
+fn isolate(visit: &Visit<'_>, pid: Pid, inner: i32) -> Result<()> {
+    let memory = Memory::open(pid).about(pid, "twin")?;
+    let inside = visit.in_twin(&memory, pid, inner);
+    let mut batch = Batch::new();
+    batch.must(
+        "close_range",
+        libc::SYS_close_range,
+        [0.into(), u32::MAX.into(), 0.into()],
+    );
+    batch.must("setsid", libc::SYS_setsid, []);
+    inside.run(pid, inner, &batch).about(pid, "twin").map(drop)
+}
+
+impl Twin {
+    fn dismiss(self) -> Result<()> {
+        let _ = fork::kill(self.pid, 9);
+        wait::all_gone(&[self.pid], freeze::LIMIT);
+        reap(self.original, &[self.inner])
+    }
+}
+
+/// Makes a process wait for twins of its own that have ended.
+fn reap(original: Pid, twins: &[i32]) -> Result<()> {
+    let stopped_by_us = ptrace::regs(original).is_ok();
+    let stopped = if stopped_by_us {
+        None
+    } else {
+        Some(Stopped::stop(original)?)
+    };
+    let mut batch = Batch::new();
+    for twin in twins {
+        let args = [(*twin).into(), 0.into(), libc::__WCLONE.into(), 0.into()];
+        batch.may("wait4 for a twin", libc::SYS_wait4, args);
+    }
+    let done = visit(original, |visit, inner_pid| {
+        visit.run(original, inner_pid, &batch).about(original, "twin").map(drop)
+    });
+    drop(stopped);
+    done
+}
+
+/// Removes what a killed tracer has left: twins that end with it and that nobody will ever wait for. One with much
+/// memory takes a while to end.
+pub fn reap_orphans(init: Pid) -> Result<()> {
+    let end = Instant::now() + freeze::LIMIT;
+    while reap_pass(init)? && Instant::now() < end {
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    Ok(())
+}
+
+/// True when twins are left that have not ended yet.
+fn reap_pass(init: Pid) -> Result<bool> {
+    let mut unfinished = false;
+    let mut all = vec![init];
+    let mut at = 0;
+    while at < all.len() {
+        let children = proc::children(all[at]).unwrap_or_default();
+        let mut ended = Vec::new();
+        for child in children.iter().filter(|c| is_twin(**c)) {
+            match proc::stat(*child) {
+                Ok(stat) if stat.state == 'Z' => ended.extend(inner_pid(*child)),
+                _ => unfinished = true,
+            }
+        }
+        if !ended.is_empty() {
+            reap(all[at], &ended)?;
+        }
+        all.extend(children);
+        at += 1;
+    }
+    Ok(unfinished)
+}
+
+/// No exit signal and no descriptors: a program hardly makes such a child itself.
+fn is_twin(pid: Pid) -> bool {
+    proc::stat(pid).is_ok_and(|s| s.exit_signal == 0) && proc::fds(pid).is_ok_and(|f| f.is_empty())
+}
+
+fn inner_pid(pid: Pid) -> Option<i32> {
+    proc::status(pid).ok()?.ns_pids.last().copied()
+}
+
+/// One thread stopped for a moment while all others run.
+struct Stopped(Pid);
+
+impl Stopped {
+    fn stop(tid: Pid) -> Result<Stopped> {
+        ptrace::seize(tid, Options::SUSPEND_SECCOMP).about(tid, "thread")?;
+        let stopped = Stopped(tid);
+        ptrace::interrupt(tid).about(tid, "thread")?;
+        loop {
+            match wait::until(tid, freeze::LIMIT).about(tid, "thread")? {
+                Event::Stopped {
+                    event: ptrace::EVENT_STOP,
+                    ..
+                } => break,
+                Event::Stopped { signal, event: 0 } => ptrace::interrupt_again(tid, signal).about(tid, "thread")?,
+                Event::Stopped { .. } => ptrace::interrupt_again(tid, 0).about(tid, "thread")?,
+                Event::Continued => {}
+                Event::Exited(_) | Event::Killed(_) => {
+                    let how = "while its twin was read".into();
+                    return Err(torpor_sys::Error::Died { pid: tid, how }).about(tid, "thread");
+                }
+            }
+        }
+        if cpu::rewind_unnoticed(tid)? && freeze::has_own_interrupt(tid)? {
+            cpu::keep_interrupted(tid)?;
+        }
+        Ok(stopped)
+    }
+}
+
+impl Drop for Stopped {
+    fn drop(&mut self) {
+        let _ = ptrace::detach(self.0, 0);
+    }
+}
