@@ -48,7 +48,7 @@ $(LAUNCHER): $(STAMPS)/packages $(LAUNCHER_SRC)
 
 $(STAMPS)/wheel: $(STAMPS)/venv $(LAUNCHER) $(RUST_SOURCES) $(PYTHON_SOURCES)
 	rm -rf dist
-	$(BIN)/maturin build --release --out dist
+	$(BIN)/maturin build --release --interpreter $(BIN)/python --out dist
 	unzip -lq dist/torpor-*.whl > $(STAMPS)/wheel.list
 	grep -q torpor/_bin/torpor-launcher $(STAMPS)/wheel.list || { echo 'the wheel lacks the launcher' >&2; exit 1; }
 	@mkdir -p $(@D) && touch $@
