@@ -10,7 +10,7 @@ use torpor_sys::mem::Memory;
 use torpor_sys::proc::{self, Stat, Status, Vma};
 use torpor_sys::ptrace::{self, Rseq};
 use torpor_sys::remote::visit::Host;
-use torpor_sys::remote::{Batch, Visit};
+use torpor_sys::remote::{Batch, Door};
 use torpor_sys::{Pid, kcmp};
 
 use crate::error::{About, Error, Result};
@@ -320,14 +320,11 @@ impl<'f> Subject<'f> {
             inner_pid: inner,
             busy_signals: busy(&before),
         };
-        let leader = &before[0];
-        let leader_inner = last(&leader.status.ns_pids);
-        let visit =
-            Visit::begin(host, &self.memory, &self.vmas, leader.tid, leader_inner, TABLE).about(pid, "visit")?;
-        let answers = self.ask_all(&before, &visit, ctx);
-        let ended = visit.end(leader.tid, leader_inner).about(pid, "visit");
+        let door = Door::find(host, &self.memory, &self.vmas, TABLE).about(pid, "visit")?;
+        let answers = self.ask_all(&before, &door, ctx);
+        let closed = door.close().about(pid, "visit");
         let (threads, answers) = answers?;
-        ended?;
+        closed?;
         let (signals, settings, timers, brk) = answers;
         Ok(Body {
             threads,
@@ -354,7 +351,7 @@ impl<'f> Subject<'f> {
     fn ask_all(
         &self,
         before: &[Before],
-        visit: &Visit<'_>,
+        door: &Door<'_>,
         ctx: &mut Context<'_, '_>,
     ) -> Result<(
         Vec<Thread>,
@@ -367,7 +364,9 @@ impl<'f> Subject<'f> {
             let mut batch = Batch::new();
             let asked = self.ask(&mut batch, thread.tid == before[0].tid)?;
             let inner = last(&thread.status.ns_pids);
-            let results = visit.run(thread.tid, inner, &batch).about(thread.tid, "visit")?;
+            let mut visit = door.enter(thread.tid, inner).about(thread.tid, "visit")?;
+            let results = visit.run(&batch).about(thread.tid, "visit")?;
+            visit.leave().about(thread.tid, "visit")?;
             if let Some((signals, settings, timers, brk)) = asked.process {
                 of_process = Some((
                     signals::answer_process(pid, signals, &results)?,

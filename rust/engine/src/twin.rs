@@ -12,7 +12,7 @@ use torpor_sys::mem::Memory;
 use torpor_sys::proc;
 use torpor_sys::ptrace::{self, Options};
 use torpor_sys::remote::visit::Host;
-use torpor_sys::remote::{Batch, Visit};
+use torpor_sys::remote::{Batch, Door, Visit};
 use torpor_sys::wait::{self, Event};
 use torpor_sys::{Pid, fork};
 
@@ -71,7 +71,7 @@ fn busy_signals(pid: Pid) -> Result<u64> {
 }
 
 /// Visits a stopped process through its main thread.
-fn visit<T>(pid: Pid, work: impl FnOnce(&Visit<'_>, i32) -> Result<T>) -> Result<T> {
+fn visit<T>(pid: Pid, work: impl FnOnce(&Door<'_>, &mut Visit<'_>) -> Result<T>) -> Result<T> {
     let (inner_pid, busy_signals) = ids(pid)?;
     let memory = memory::open(pid)?;
     let vmas = proc::maps(pid).about(pid, "maps")?;
@@ -80,28 +80,23 @@ fn visit<T>(pid: Pid, work: impl FnOnce(&Visit<'_>, i32) -> Result<T>) -> Result
         inner_pid,
         busy_signals,
     };
-    let visit = Visit::begin(host, &memory, &vmas, pid, inner_pid, TABLE).about(pid, "visit")?;
-    let result = work(&visit, inner_pid);
-    let ended = visit.end(pid, inner_pid).about(pid, "visit");
-    let value = result?;
-    ended?;
-    Ok(value)
+    let door = Door::find(host, &memory, &vmas, TABLE).about(pid, "visit")?;
+    let mut visit = door.enter(pid, inner_pid).about(pid, "visit")?;
+    let result = work(&door, &mut visit);
+    visit.leave().about(pid, "visit")?;
+    door.close().about(pid, "visit")?;
+    result
 }
 
 impl Twins {
     fn add(&mut self, original: Pid) -> Result<()> {
         let options = Options::SUSPEND_SECCOMP;
         ptrace::set_options(original, options.and(Options::FOLLOW)).about(original, "twin")?;
-        let made = visit(original, |visit, inner_pid| {
-            let pid = visit.twin(original, inner_pid).about(original, "twin")?;
-            let inner = proc::status(pid)
-                .about(pid, "twin")?
-                .ns_pids
-                .last()
-                .copied()
-                .unwrap_or(pid);
+        let made = visit(original, |door, visit| {
+            let pid = visit.twin().about(original, "twin")?;
+            let inner = inner_pid(pid).unwrap_or(pid);
             self.all.push(Twin { pid, inner, original });
-            isolate(visit, pid, inner)
+            isolate(door, pid, inner)
         });
         ptrace::set_options(original, options).about(original, "twin")?;
         made
@@ -137,9 +132,8 @@ impl Twins {
 }
 
 /// Takes from a twin what others could notice.
-fn isolate(visit: &Visit<'_>, pid: Pid, inner: i32) -> Result<()> {
+fn isolate(door: &Door<'_>, pid: Pid, inner: i32) -> Result<()> {
     let memory = Memory::open(pid).about(pid, "twin")?;
-    let inside = visit.in_twin(&memory, pid, inner);
     let mut batch = Batch::new();
     batch.must(
         "close_range",
@@ -147,7 +141,12 @@ fn isolate(visit: &Visit<'_>, pid: Pid, inner: i32) -> Result<()> {
         [0.into(), u32::MAX.into(), 0.into()],
     );
     batch.must("setsid", libc::SYS_setsid, []);
-    inside.run(pid, inner, &batch).about(pid, "twin").map(drop)
+    let inside = door.of_twin(&memory, pid, inner);
+    let mut visit = inside.enter_twin().about(pid, "twin")?;
+    visit.run(&batch).about(pid, "twin")?;
+    // It has no home to go to: it stays where it is until it is ended.
+    visit.stay();
+    Ok(())
 }
 
 impl Twin {
@@ -171,9 +170,7 @@ fn reap(original: Pid, twins: &[i32]) -> Result<()> {
         let args = [(*twin).into(), 0.into(), libc::__WCLONE.into(), 0.into()];
         batch.may("wait4 for a twin", libc::SYS_wait4, args);
     }
-    let done = visit(original, |visit, inner_pid| {
-        visit.run(original, inner_pid, &batch).about(original, "twin").map(drop)
-    });
+    let done = visit(original, |_, visit| visit.run(&batch).about(original, "twin").map(drop));
     drop(stopped);
     done
 }

@@ -10,4 +10,4 @@ pub mod visit;
 
 pub use batch::{Arg, Batch, Data, Results};
 pub use site::Site;
-pub use visit::Visit;
+pub use visit::{Door, Visit};

@@ -35,27 +35,29 @@ pub struct Host {
     pub busy_signals: u64,
 }
 
-/// A stub put into a living process whose threads are all stopped by us.
+/// The place in a living process where its threads can be visited. All of them are stopped by us.
 #[derive(Debug)]
-pub struct Visit<'m> {
+pub struct Door<'m> {
     host: Host,
     memory: &'m Memory,
     code: RemoteAddr,
-    len: usize,
     table: RemoteAddr,
     table_len: u64,
     marker: i32,
 }
 
-/// A thread inside the stub. Dropping it puts the thread back.
-struct Inside<'v> {
+/// A thread inside the stub, with a table of its own. It is there from its first changed register to its last, so
+/// that the way home of a thread whose tracer is gone always leads past the end of the table. Dropping it puts the
+/// thread back.
+#[derive(Debug)]
+pub struct Visit<'d> {
+    door: &'d Door<'d>,
     tid: Pid,
     regs: Regs,
     mask: u64,
     home: bool,
     held: Vec<i32>,
     born: Option<Pid>,
-    visit: &'v Visit<'v>,
 }
 
 fn tail_of_vdso(memory: &Memory, vmas: &[Vma], need: usize) -> Result<RemoteAddr> {
@@ -96,115 +98,52 @@ fn hole(vmas: &[Vma], len: u64) -> RemoteAddr {
     (best.0 + (best.1 - best.0) / 2 - len) & !(PAGE_SIZE - 1)
 }
 
-impl<'m> Visit<'m> {
-    /// Writes the stub into the process and gives it `table_len` bytes of memory for tables, by one call made
-    /// in thread `tid`. All threads must be stopped.
-    pub fn begin(
-        host: Host,
-        memory: &'m Memory,
-        vmas: &[Vma],
-        tid: Pid,
-        inner_tid: Pid,
-        table_len: u64,
-    ) -> Result<Visit<'m>> {
-        let parts = stub::visit();
-        let code = tail_of_vdso(memory, vmas, parts.code.len())?;
-        let marker = MARKERS
-            .into_iter()
-            .find(|s| host.busy_signals >> (s - 1) & 1 == 0)
-            .unwrap_or(0);
+impl<'m> Door<'m> {
+    /// Looks for the place, and for `table_len` bytes of address space that are free.
+    pub fn find(host: Host, memory: &'m Memory, vmas: &[Vma], table_len: u64) -> Result<Door<'m>> {
+        let code = tail_of_vdso(memory, vmas, stub::visit().code.len())?;
+        let is_free = |signal: &i32| host.busy_signals >> (signal - 1) & 1 == 0;
+        let marker = MARKERS.into_iter().find(is_free).unwrap_or(0);
         let table = hole(vmas, table_len);
-        let visit = Visit {
+        Ok(Door {
             host,
             memory,
             code,
-            len: parts.code.len(),
             table,
             table_len,
             marker,
-        };
-        let mut inside = visit.enter(tid, inner_tid)?;
-        let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_FIXED_NOREPLACE;
-        let prot = libc::PROT_READ | libc::PROT_WRITE;
-        let args = [table, table_len, prot as u64, flags as u64, u64::MAX, 0];
-        let got = inside.call(libc::SYS_mmap, args)?;
-        inside.leave()?;
-        if got != table as i64 {
-            let errno = nix::errno::Errno::from_raw(-got as i32);
-            return Err(Error::Remote {
-                pid: visit.host.pid,
-                call: "mmap of a table".into(),
-                errno,
-            });
-        }
-        Ok(visit)
+        })
     }
 
-    /// Runs a batch in one thread of the process and puts the thread back.
-    pub fn run(&self, tid: Pid, inner_tid: Pid, batch: &Batch) -> Result<Results> {
-        if batch.size() as u64 > self.table_len {
-            return Err(Error::Unsuitable {
-                pid: tid,
-                why: "a batch is larger than its table".into(),
-            });
-        }
-        self.memory.write(self.table, &batch.encode(self.table))?;
-        let mut inside = self.enter(tid, inner_tid)?;
-        let end = self.table + (batch.len() * RECORD) as u64;
-        let regs = Regs {
-            rip: self.code,
-            r15: self.table,
-            r14: end,
-            r12: 0,
-            orig_rax: u64::MAX,
-            ..inside.regs
-        };
-        inside.go(&regs)?;
-        let ran = ((ptrace::regs(tid)?.r15 - self.table) as usize) / RECORD;
-        inside.leave()?;
-        let mut table = vec![0; batch.size()];
-        self.memory.read(self.table, &mut table)?;
-        batch.decode(self.host.pid, table, ran)
-    }
-
-    /// Makes a twin of the process: a child that has its memory as it is now, copied on write, and that is held
-    /// by us at its very first instruction. It is no child that the program can see by wait(2) without __WCLONE, and
-    /// its end sends no signal. The thread must have [`ptrace::Options::FOLLOW`].
-    pub fn twin(&self, tid: Pid, inner_tid: Pid) -> Result<Pid> {
-        let mut inside = self.enter(tid, inner_tid)?;
-        let twin = inside.fork()?;
-        inside.leave()?;
-        Ok(twin)
-    }
-
-    /// The same stub in the twin of its process, which is `pid` to us and `inner_pid` to itself.
-    pub fn in_twin<'t>(&self, memory: &'t Memory, pid: Pid, inner_pid: Pid) -> Visit<'t> {
+    /// The same place in the twin of the process, which is `pid` to us and `inner_pid` to itself.
+    pub fn of_twin<'t>(&self, memory: &'t Memory, pid: Pid, inner_pid: Pid) -> Door<'t> {
         let host = Host {
             pid,
             inner_pid,
             busy_signals: self.host.busy_signals,
         };
-        Visit {
+        Door {
             host,
             memory,
             code: self.code,
-            len: self.len,
             table: self.table,
             table_len: self.table_len,
             marker: self.marker,
         }
     }
 
-    /// Takes everything out of the process again.
-    pub fn end(self, tid: Pid, inner_tid: Pid) -> Result<()> {
-        let mut inside = self.enter(tid, inner_tid)?;
-        inside.call(libc::SYS_munmap, [self.table, self.table_len, 0, 0, 0, 0])?;
-        inside.leave()?;
-        self.memory.write(self.code, &vec![0; self.len])
+    /// Takes a thread in: prepares its way home, then gives it a table. One thread at a time.
+    pub fn enter(&self, tid: Pid, inner_tid: Pid) -> Result<Visit<'_>> {
+        let visit = self.enter_without_table(tid, inner_tid)?;
+        visit.map_table()
     }
 
-    /// Prepares the way home of a thread, then blocks its signals. The order matters: see the module text.
-    fn enter(&self, tid: Pid, inner_tid: Pid) -> Result<Inside<'_>> {
+    /// Takes in a twin that was made in a visit: it has the table of that visit.
+    pub fn enter_twin(&self) -> Result<Visit<'_>> {
+        self.enter_without_table(self.host.pid, self.host.inner_pid)
+    }
+
+    fn enter_without_table(&self, tid: Pid, inner_tid: Pid) -> Result<Visit<'_>> {
         let regs = ptrace::regs(tid)?;
         let mask = ptrace::sigmask(tid)?;
         let parts = stub::visit();
@@ -212,15 +151,20 @@ impl<'m> Visit<'m> {
         let pool = self.constants(inner_tid, &regs, mask);
         code[parts.pool..parts.pool + pool.len()].copy_from_slice(&pool);
         self.memory.write(self.code, &code)?;
-        Ok(Inside {
+        Ok(Visit {
+            door: self,
             tid,
             regs,
             mask,
             home: true,
             held: Vec::new(),
             born: None,
-            visit: self,
         })
+    }
+
+    /// Removes the code, when nobody is inside any more.
+    pub fn close(self) -> Result<()> {
+        self.memory.write(self.code, &vec![0; stub::visit().code.len()])
     }
 
     fn constants(&self, inner_tid: Pid, regs: &Regs, mask: u64) -> Vec<u8> {
@@ -269,12 +213,82 @@ fn restart(regs: &Regs) -> (u64, u64) {
     }
 }
 
-impl Inside<'_> {
-    fn call(&mut self, nr: i64, args: [u64; 6]) -> Result<i64> {
-        let entry = self.visit.code + stub::visit().call;
-        let [rdi, rsi, rdx, r10, r8, r9] = args;
+impl<'d> Visit<'d> {
+    fn map_table(mut self) -> Result<Visit<'d>> {
+        let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_FIXED_NOREPLACE;
+        let prot = libc::PROT_READ | libc::PROT_WRITE;
+        let Door { table, table_len, .. } = *self.door;
+        let args = [table, table_len, prot as u64, flags as u64, u64::MAX, 0];
+        let got = self.call(libc::SYS_mmap, args)?;
+        if got != table as i64 {
+            let errno = nix::errno::Errno::from_raw(-got as i32);
+            return Err(Error::Remote {
+                pid: self.door.host.pid,
+                call: "mmap of a table".into(),
+                errno,
+            });
+        }
+        Ok(self)
+    }
+
+    /// Runs a batch in the thread.
+    pub fn run(&mut self, batch: &Batch) -> Result<Results> {
+        let Door {
+            table,
+            table_len,
+            code,
+            memory,
+            ..
+        } = *self.door;
+        if batch.size() as u64 > table_len {
+            return Err(Error::Unsuitable {
+                pid: self.tid,
+                why: "a batch is larger than its table".into(),
+            });
+        }
+        memory.write(table, &batch.encode(table))?;
+        let end = table + (batch.len() * RECORD) as u64;
         let regs = Regs {
-            rip: entry,
+            rip: code,
+            r15: table,
+            r14: end,
+            r12: 0,
+            orig_rax: u64::MAX,
+            ..self.regs
+        };
+        self.go(&regs)?;
+        let ran = ((ptrace::regs(self.tid)?.r15 - table) as usize) / RECORD;
+        let mut bytes = vec![0; batch.size()];
+        memory.read(table, &mut bytes)?;
+        batch.decode(self.door.host.pid, bytes, ran)
+    }
+
+    /// Makes a twin of the process: a child that has its memory as it is now, copied on write, and that is held
+    /// by us at its very first instruction. It is no child that the program can see by wait(2) without __WCLONE, and
+    /// its end sends no signal. The thread must have [`ptrace::Options::FOLLOW`].
+    pub fn twin(&mut self) -> Result<Pid> {
+        self.born = None;
+        // clone(2): no flags, no exit signal.
+        let returned = self.enter_at(stub::visit().fork, libc::SYS_clone, [0; 6])?;
+        self.born.take().ok_or_else(|| {
+            let errno = nix::errno::Errno::from_raw(-returned as i32);
+            Error::Remote {
+                pid: self.door.host.pid,
+                call: "clone of a twin".into(),
+                errno,
+            }
+        })
+    }
+
+    fn call(&mut self, nr: i64, args: [u64; 6]) -> Result<i64> {
+        self.enter_at(stub::visit().call, nr, args)
+    }
+
+    fn enter_at(&mut self, entry: u64, nr: i64, args: [u64; 6]) -> Result<i64> {
+        let [rdi, rsi, rdx, r10, r8, r9] = args;
+        let rip = self.door.code + entry;
+        let regs = Regs {
+            rip,
             rax: nr as u64,
             orig_rax: u64::MAX,
             r12: 0,
@@ -290,43 +304,11 @@ impl Inside<'_> {
         Ok(ptrace::regs(self.tid)?.rbx as i64)
     }
 
-    fn fork(&mut self) -> Result<Pid> {
-        // clone(2): no flags, no exit signal.
-        let entry = self.visit.code + stub::visit().fork;
-        let nr = libc::SYS_clone as u64;
-        let regs = Regs {
-            rip: entry,
-            rax: nr,
-            orig_rax: u64::MAX,
-            rdi: 0,
-            rsi: 0,
-            rdx: 0,
-            r10: 0,
-            r8: 0,
-            r9: 0,
-            ..self.regs
-        };
-        self.born = None;
-        self.go(&regs)?;
-        let returned = ptrace::regs(self.tid)?.rbx as i64;
-        match self.born.take() {
-            Some(twin) => Ok(twin),
-            None => {
-                let errno = nix::errno::Errno::from_raw(-returned as i32);
-                Err(Error::Remote {
-                    pid: self.visit.host.pid,
-                    call: "clone of a twin".into(),
-                    errno,
-                })
-            }
-        }
-    }
-
     /// Runs from the given registers to the marker.
     fn go(&mut self, regs: &Regs) -> Result<()> {
         self.home = false;
         ptrace::set_regs(self.tid, regs)?;
-        let marker = self.visit.marker;
+        let marker = self.door.marker;
         let open = if marker == 0 { 0 } else { 1 << (marker - 1) };
         ptrace::set_sigmask(self.tid, !open)?;
         if marker == 0 {
@@ -369,7 +351,7 @@ impl Inside<'_> {
     }
 
     fn at_marker(&self) -> Result<bool> {
-        Ok(ptrace::regs(self.tid)?.rip == self.visit.code + stub::visit().marked)
+        Ok(ptrace::regs(self.tid)?.rip == self.door.code + stub::visit().marked)
     }
 
     fn stop(&mut self) -> Result<(i32, i32)> {
@@ -378,7 +360,7 @@ impl Inside<'_> {
                 if [libc::PTRACE_EVENT_FORK, libc::PTRACE_EVENT_CLONE].contains(&event) {
                     self.take_twin()?;
                 }
-                let is_ours = signal == self.visit.marker || signal & 0x7f == libc::SIGTRAP;
+                let is_ours = signal == self.door.marker || signal & 0x7f == libc::SIGTRAP;
                 if event == 0 && !is_ours {
                     // Only signals that nothing can block get here. They are sent again at the end.
                     self.held.push(signal);
@@ -413,28 +395,41 @@ impl Inside<'_> {
         Ok(())
     }
 
-    fn leave(mut self) -> Result<()> {
-        self.put_back()
+    /// Unmaps the table and puts the thread back.
+    pub fn leave(mut self) -> Result<()> {
+        self.go_home()
+    }
+
+    /// Leaves the thread in the stub for good: a twin has no home.
+    pub fn stay(mut self) {
+        self.home = true;
+    }
+
+    fn go_home(&mut self) -> Result<()> {
+        if self.home {
+            return Ok(());
+        }
+        let Door { table, table_len, .. } = *self.door;
+        let unmapped = self.call(libc::SYS_munmap, [table, table_len, 0, 0, 0, 0]);
+        self.put_back()?;
+        unmapped.map(drop)
     }
 
     /// The mask first: with the registers still in the stub, the task would find home alone.
     fn put_back(&mut self) -> Result<()> {
-        if self.home {
-            return Ok(());
-        }
         ptrace::set_sigmask(self.tid, self.mask)?;
         ptrace::set_regs(self.tid, &self.regs)?;
         self.home = true;
         for signal in self.held.drain(..) {
-            fork::kill_thread(self.visit.host.pid, self.tid, signal)?;
+            fork::kill_thread(self.door.host.pid, self.tid, signal)?;
         }
         Ok(())
     }
 }
 
-impl Drop for Inside<'_> {
+impl Drop for Visit<'_> {
     fn drop(&mut self) {
         // A task that is gone needs nothing put back.
-        let _ = self.put_back();
+        let _ = self.go_home();
     }
 }
