@@ -17,6 +17,7 @@ pub mod proc;
 pub mod ptrace;
 pub mod remote;
 pub mod socket;
+pub mod tree;
 pub mod wait;
 
 pub use error::{Error, Result};
