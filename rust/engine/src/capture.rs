@@ -2,6 +2,7 @@
 
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::FileExt;
+use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 
 use torpor_image::{PageRun, Writer};
 use torpor_sys::PAGE_SIZE;
@@ -29,14 +30,6 @@ pub struct Captured {
     pub zeroes: u64,
 }
 
-/// Copies pieces into the image.
-struct Copier<'w> {
-    writer: &'w mut Writer,
-    cancel: &'w Cancel,
-    buffer: Vec<u8>,
-    captured: Captured,
-}
-
 /// Copies everything that `collected` found, from processes that stand still.
 pub fn capture(collected: &Collected, writer: &mut Writer, cancel: &Cancel) -> Result<Captured> {
     let mut captured = in_pause(collected, writer, cancel)?;
@@ -46,21 +39,22 @@ pub fn capture(collected: &Collected, writer: &mut Writer, cancel: &Cancel) -> R
 
 /// Copies what a twin does not have: shared objects, which would change under it, and areas that are not inherited.
 pub fn in_pause(collected: &Collected, writer: &mut Writer, cancel: &Cancel) -> Result<Captured> {
-    let mut copier = Copier::new(writer, cancel);
-    for source in &collected.sources {
-        copier.address_space(&collected.inventory, source.index, source.pid, |area| {
-            !area.is_inherited()
-        })?;
-    }
-    for (index, (file, state)) in collected
-        .shared
-        .iter()
-        .zip(&collected.inventory.objects.shared)
-        .enumerate()
-    {
-        copier.shared(SHARED + index as u32, file, state.size)?;
-    }
-    Ok(copier.captured)
+    pump(writer, |pump| {
+        for source in &collected.sources {
+            pump.address_space(&collected.inventory, source.index, source.pid, cancel, |area| {
+                !area.is_inherited()
+            })?;
+        }
+        for (index, (file, state)) in collected
+            .shared
+            .iter()
+            .zip(&collected.inventory.objects.shared)
+            .enumerate()
+        {
+            pump.shared(SHARED + index as u32, file, state.size, cancel)?;
+        }
+        Ok(())
+    })
 }
 
 /// Copies the rest of each address space from whoever `reader` says has it.
@@ -70,12 +64,13 @@ pub fn from(
     writer: &mut Writer,
     cancel: &Cancel,
 ) -> Result<Captured> {
-    let mut copier = Copier::new(writer, cancel);
-    for source in &collected.sources {
-        let pid = reader(source.pid).ok_or_else(|| Error::nonsense("a process without a twin"))?;
-        copier.address_space(&collected.inventory, source.index, pid, Area::is_inherited)?;
-    }
-    Ok(copier.captured)
+    pump(writer, |pump| {
+        for source in &collected.sources {
+            let pid = reader(source.pid).ok_or_else(|| Error::nonsense("a process without a twin"))?;
+            pump.address_space(&collected.inventory, source.index, pid, cancel, Area::is_inherited)?;
+        }
+        Ok(())
+    })
 }
 
 impl Captured {
@@ -86,23 +81,73 @@ impl Captured {
     }
 }
 
-impl<'w> Copier<'w> {
-    fn new(writer: &'w mut Writer, cancel: &'w Cancel) -> Copier<'w> {
-        Copier {
-            writer,
-            cancel,
-            buffer: vec![0; PIECE],
-            captured: Captured::default(),
-        }
-    }
+/// A piece of memory on its way to the image.
+struct Piece {
+    space: u32,
+    /// (address, length) of what is in the buffer, one after another.
+    ranges: Vec<(u64, u64)>,
+    buffer: Vec<u8>,
 }
 
-impl Copier<'_> {
+/// The reading end: fills buffers and hands them over.
+struct Pump {
+    full: SyncSender<Piece>,
+    empty: Receiver<Vec<u8>>,
+}
+
+/// Runs `read` here and a writer beside it, so that copying out of a process and into the file overlap. Three
+/// buffers go round: that is all the memory it takes.
+fn pump(writer: &mut Writer, read: impl FnOnce(&mut Pump) -> Result<()>) -> Result<Captured> {
+    const BUFFERS: usize = 3;
+    let (full, pieces) = sync_channel::<Piece>(BUFFERS);
+    let (give_back, empty) = sync_channel(BUFFERS);
+    for _ in 0..BUFFERS {
+        give_back
+            .send(vec![0; PIECE])
+            .map_err(|_| Error::nonsense("no writer"))?;
+    }
+    std::thread::scope(|scope| {
+        let writing = scope.spawn(move || {
+            let mut captured = Captured::default();
+            for piece in pieces {
+                store(writer, &piece, &mut captured)?;
+                // The reader may have finished already.
+                let _ = give_back.send(piece.buffer);
+            }
+            Ok(captured)
+        });
+        let mut pump = Pump { full, empty };
+        let read = read(&mut pump);
+        drop(pump);
+        let written = writing
+            .join()
+            .unwrap_or_else(|_| Err(Error::nonsense("the writer panicked")));
+        // When the writer has failed, the reader only knows that it is gone.
+        let captured = written?;
+        read.map(|()| captured)
+    })
+}
+
+impl Pump {
+    fn send(
+        &self,
+        space: u32,
+        ranges: Vec<(u64, u64)>,
+        fill: impl FnOnce(&[(u64, u64)], &mut [u8]) -> Result<()>,
+    ) -> Result<()> {
+        let gone = || Error::nonsense("the writer is gone");
+        let mut buffer = self.empty.recv().map_err(|_| gone())?;
+        let len: u64 = ranges.iter().map(|r| r.1).sum();
+        fill(&ranges, &mut buffer[..len as usize])?;
+        self.full.send(Piece { space, ranges, buffer }).map_err(|_| gone())
+    }
+
     fn address_space(
         &mut self,
         inventory: &Inventory,
         index: usize,
         pid: i32,
+        cancel: &Cancel,
         wanted: impl Fn(&Area) -> bool,
     ) -> Result<()> {
         let Some(body) = &inventory.processes[index].body else {
@@ -117,18 +162,15 @@ impl Copier<'_> {
                 .about(pid, "pagemap")?;
         }
         for group in pieces(&ranges) {
-            self.cancel.check()?;
-            let len: u64 = group.iter().map(|r| r.1).sum();
-            let mut buffer = std::mem::take(&mut self.buffer);
-            let read = memory.gather(&group, &mut buffer[..len as usize]).about(pid, "memory");
-            self.buffer = buffer;
-            read?;
-            self.store(index as u32, &group)?;
+            cancel.check()?;
+            self.send(index as u32, group, |ranges, out| {
+                memory.gather(ranges, out).about(pid, "memory")
+            })?;
         }
         Ok(())
     }
 
-    fn shared(&mut self, space: u32, file: &OwnedFd, size: u64) -> Result<()> {
+    fn shared(&mut self, space: u32, file: &OwnedFd, size: u64, cancel: &Cancel) -> Result<()> {
         let ranges: Vec<(u64, u64)> = fd::data_ranges(file, size)
             .about(0, "shared object")?
             .into_iter()
@@ -139,38 +181,39 @@ impl Copier<'_> {
             .map_err(|e| torpor_sys::Error::io("dup", "shared object", &e));
         let file = std::fs::File::from(file.about(0, "shared object")?);
         for group in pieces(&ranges) {
-            self.cancel.check()?;
-            let mut at = 0;
-            for &(offset, len) in &group {
-                let part = &mut self.buffer[at..at + len as usize];
-                read_to_end(&file, offset, part)?;
-                at += len as usize;
-            }
-            self.store(space, &group)?;
-        }
-        Ok(())
-    }
-
-    /// Writes the buffer's pages that are not zero, as runs that follow each other both in memory and in the file.
-    fn store(&mut self, space: u32, group: &[(u64, u64)]) -> Result<()> {
-        let mut at = 0usize;
-        for &(address, len) in group {
-            let bytes = &self.buffer[at..at + len as usize];
-            for (is_zero, first, count) in runs(bytes) {
-                let start = address + first as u64 * PAGE_SIZE;
-                if is_zero {
-                    self.captured.zeroes += count as u64;
-                    continue;
+            cancel.check()?;
+            self.send(space, group, |ranges, out| {
+                let mut at = 0;
+                for &(offset, len) in ranges {
+                    read_to_end(&file, offset, &mut out[at..at + len as usize])?;
+                    at += len as usize;
                 }
-                let data = &bytes[first * PAGE_SIZE as usize..(first + count) * PAGE_SIZE as usize];
-                let offset = self.writer.append_pages(data)?;
-                self.writer.push_run(PageRun::data(space, start, offset, count as u64));
-                self.captured.pages += count as u64;
-            }
-            at += len as usize;
+                Ok(())
+            })?;
         }
         Ok(())
     }
+}
+
+/// Writes a piece's pages that are not zero, as runs that follow each other both in memory and in the file.
+fn store(writer: &mut Writer, piece: &Piece, captured: &mut Captured) -> Result<()> {
+    let mut at = 0usize;
+    for &(address, len) in &piece.ranges {
+        let bytes = &piece.buffer[at..at + len as usize];
+        for (is_zero, first, count) in runs(bytes) {
+            let start = address + first as u64 * PAGE_SIZE;
+            if is_zero {
+                captured.zeroes += count as u64;
+                continue;
+            }
+            let data = &bytes[first * PAGE_SIZE as usize..(first + count) * PAGE_SIZE as usize];
+            let offset = writer.append_pages(data)?;
+            writer.push_run(PageRun::data(piece.space, start, offset, count as u64));
+            captured.pages += count as u64;
+        }
+        at += len as usize;
+    }
+    Ok(())
 }
 
 /// A file's last page may reach past its end: the rest is zeroes.
