@@ -234,6 +234,30 @@ def test_a_container_with_an_exec_in_it(torpor: Torpor, waiter: Callable[..., Co
     assert len(again.host_pids()) == before
 
 
+def test_what_containerd_and_podman_really_pass(torpor: Torpor, waiter: Callable[..., Container], tmp: Path) -> None:
+    """Flags of go-runc and Podman: single dashes, some given twice, some without a meaning here."""
+    c = waiter()
+    work = tmp / "work"
+    torpor("checkpoint", "--image-path", tmp / "image", "--work-path", work, "--leave-running", "--leave-running",
+           "--file-locks", "--tcp-established", "--ext-unix-sk", "--shell-job", "--empty-ns", "network",
+           "--manage-cgroups-mode", "soft", c.id)  # fmt: skip
+    assert [p.name for p in (tmp / "image").iterdir()] == ["checkpoint.img"]
+    c.verify()
+    again = Container(torpor, c.bundle, new_id())
+    again.restore_from(
+        tmp / "image", "-no-subreaper", "--work-path", str(work), "--file-locks", "--tcp-established", "--no-pivot",
+        "--no-new-keyring", "--pid-file", str(tmp / "pid"),
+    )  # fmt: skip
+    assert int((tmp / "pid").read_text()) == again.pid
+    again.verify()
+
+
+def test_checkpoint_help_is_a_success(torpor: Torpor) -> None:
+    """Podman's whole test whether a runtime can checkpoint."""
+    for verb in ("checkpoint", "restore"):
+        assert "--image-path" in torpor(verb, "--help").out
+
+
 # ---- paused ---------------------------------------------------------------------------------------------------------------------------
 
 
