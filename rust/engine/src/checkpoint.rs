@@ -43,10 +43,10 @@ pub enum Capture {
 }
 
 impl Request {
-    /// A container that is to end has nothing to gain from running on.
-    fn mode(&self) -> Capture {
+    /// A container that is to end, or that is paused, has nothing to gain from running on.
+    fn mode(&self, paused: bool) -> Capture {
         match self.capture {
-            _ if !self.leave_running => Capture::Stop,
+            _ if !self.leave_running || paused => Capture::Stop,
             wanted => wanted.unwrap_or(Capture::Background),
         }
     }
@@ -85,7 +85,7 @@ pub fn checkpoint(request: &Request, cancel: &Cancel) -> Result<Report> {
     })?;
     let since = frozen.since;
     let mut pause = Duration::ZERO;
-    let (frozen, captured) = run.stage(Stage::Capture, || match request.mode() {
+    let (frozen, captured) = run.stage(Stage::Capture, || match request.mode(frozen.was_paused()) {
         Capture::Stop => {
             let captured = capture::capture(&collected, &mut writer, cancel)?;
             // Memory is in the file now: a container that goes on need not wait for the disk.

@@ -161,7 +161,7 @@ impl Frozen {
                     self.seized.insert(tid, pid);
                     self.stop_one(tid)?;
                 }
-                Err(e) if ptrace::is_gone(&e) => {}
+                Err(e) if ptrace::is_gone(&e) || is_ending(tid) => {}
                 Err(e) => return Err(why_not_seized(pid, tid, e)),
             }
         }
@@ -172,7 +172,11 @@ impl Frozen {
     /// which a killed tracer would show it an EINTR is a few microseconds for each thread, and not for all.
     /// A task of a frozen group stops only when thawed: it is waited for later.
     fn stop_one(&mut self, tid: Pid) -> Result<()> {
-        ptrace::interrupt(tid).about(tid, "thread")?;
+        match ptrace::interrupt(tid) {
+            // It ended meanwhile; as our tracee it waits to be looked at.
+            Err(e) if ptrace::is_gone(&e) => {}
+            other => other.about(tid, "thread")?,
+        }
         if self.thawed {
             self.wait_stop(tid, Instant::now() + LIMIT)?;
         }
@@ -267,6 +271,11 @@ impl Frozen {
         self.stopped.contains(&tid)
     }
 
+    /// Whether the container was paused when we came.
+    pub fn was_paused(&self) -> bool {
+        self.was_paused
+    }
+
     /// Lets the container run on.
     pub fn release(mut self) -> Result<()> {
         self.let_go()
@@ -328,6 +337,11 @@ pub fn has_own_interrupt(tid: Pid) -> Result<bool> {
     let status = proc::status(tid).about(tid, "status")?;
     let pending = (status.sig_pending | status.shared_pending) & !status.sig_blocked;
     Ok(pending & status.sig_caught != 0)
+}
+
+/// A task on its way out cannot be seized (EPERM) and need not be.
+fn is_ending(tid: Pid) -> bool {
+    proc::stat(tid).map_or(true, |s| matches!(s.state, 'Z' | 'X'))
 }
 
 fn is_in_signal_stop(tid: Pid) -> bool {

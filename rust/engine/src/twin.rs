@@ -8,6 +8,7 @@
 
 use std::time::{Duration, Instant};
 
+use torpor_sys::cgroup::Freezer;
 use torpor_sys::mem::Memory;
 use torpor_sys::proc;
 use torpor_sys::ptrace::{self, Options};
@@ -150,10 +151,28 @@ fn isolate(door: &Door<'_>, pid: Pid, inner: i32) -> Result<()> {
 }
 
 impl Twin {
+    /// Somebody may have paused the container meanwhile: then it runs for the moment that this takes.
     fn dismiss(self) -> Result<()> {
+        let freezer = Freezer::of(self.original).ok().flatten();
+        let paused = freezer.filter(|f| f.is_frozen().unwrap_or(false));
+        if let Some(freezer) = &paused {
+            freezer.thaw().about(self.original, "freezer")?;
+        }
+        let done = self.end();
+        if let Some(freezer) = &paused {
+            freezer.pause_later().about(self.original, "freezer")?;
+        }
+        done
+    }
+
+    fn end(&self) -> Result<()> {
         let _ = fork::kill(self.pid, 9);
         wait::all_gone(&[self.pid], freeze::LIMIT);
-        reap(self.original, &[self.inner])
+        match reap(self.original, &[self.inner]) {
+            // A process that has ended leaves no trace of its twin either.
+            Err(_) if proc::stat(self.original).map_or(true, |s| matches!(s.state, 'Z' | 'X')) => Ok(()),
+            other => other,
+        }
     }
 }
 
