@@ -81,7 +81,10 @@ pub fn checkpoint(request: &Request, cancel: &Cancel) -> Result<Report> {
     let mut writer = run.stage(Stage::Write, || Ok(Writer::create(&request.image_path, header())?))?;
     let frozen = run.stage(Stage::Freeze, || freeze::freeze(request.pid))?;
     let collected = run.stage(Stage::Collect, || {
-        collect::collect(&frozen, &mut |bytes| Ok(writer.append_blob(bytes)?))
+        collect::collect(&frozen, &mut |bytes| {
+            cancel.check()?;
+            Ok(writer.append_blob(bytes)?)
+        })
     })?;
     let since = frozen.since;
     let mut pause = Duration::ZERO;

@@ -15,7 +15,7 @@ use torpor_sys::{Pid, kcmp};
 
 use crate::error::{About, Error, Result};
 use crate::freeze::{Frozen, FrozenProcess};
-use crate::kinds::{console, cpu, creds, files, fs, memory, paths, seccomp, settings, signals, timers, vdso};
+use crate::kinds::{console, cpu, creds, files, fs, ipc, memory, mounts, paths, seccomp, settings, signals, timers, tmpfs, vdso};
 use crate::model::{Body, Inventory, Process, Thread};
 
 /// Room for the table of a visit, in bytes.
@@ -73,6 +73,9 @@ pub fn collect(frozen: &Frozen, blob: &mut dyn FnMut(&[u8]) -> Result<BlobRef>) 
         .ok_or_else(|| Error::nonsense("no process"))?;
     let mut inventory = Inventory::default();
     let view = paths::View::of(init)?;
+    ipc::check(init)?;
+    inventory.mounts = mounts::collect(init)?;
+    mounts::check(init, &inventory.mounts)?;
     let mut tables = memory::Tables {
         view: &view,
         mapped: Vec::new(),
@@ -130,6 +133,8 @@ pub fn collect(frozen: &Frozen, blob: &mut dyn FnMut(&[u8]) -> Result<BlobRef>) 
     if let Some(fd) = &naming.console {
         inventory.console = Some(console::collect(init, fd, |pid| names.inner(pid))?);
     }
+    // Last, since it may be much: by now nothing else is refused.
+    inventory.tmpfs = tmpfs::collect(init, &inventory.mounts, &maps, blob, &mut inventory.warnings)?;
     inventory.objects.mapped = tables.mapped;
     inventory.objects.shared = tables.shared.states;
     Ok(Collected {

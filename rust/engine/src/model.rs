@@ -17,6 +17,12 @@ pub struct Inventory {
     pub objects: kinds::objects::Objects,
     /// The kernel's vdso and data pages, as far as a restore must find them again.
     pub vdso: kinds::vdso::State,
+    /// Where what is mounted.
+    #[serde(default)]
+    pub mounts: Vec<kinds::mounts::State>,
+    /// Files in memory.
+    #[serde(default)]
+    pub tmpfs: Vec<kinds::tmpfs::State>,
     /// The container's terminal, when it has one.
     pub console: Option<kinds::console::State>,
     /// What was seen and left out, in words.

@@ -8,7 +8,7 @@ use torpor_sys::mem::Memory;
 use torpor_sys::proc::{self, Limits};
 
 use crate::error::{About, Error, Result};
-use crate::kinds::{creds, settings, vdso};
+use crate::kinds::{creds, mounts, settings, vdso};
 use crate::model::{Body, Inventory, Process};
 
 /// What the new container's spec grants at most.
@@ -108,6 +108,7 @@ impl Bounds {
 /// The first reason why the image cannot be restored into the waiting process `init`.
 pub fn plan(inventory: &Inventory, init: Pid, bounds: &Bounds) -> Result<()> {
     shape(inventory)?;
+    mounts::plan(&inventory.mounts, init)?;
     let me = std::process::id() as Pid;
     let memory = Memory::open(me).about(me, "own memory")?;
     let own = proc::maps(me).about(me, "own maps")?;

@@ -5,7 +5,7 @@ use std::cell::RefCell;
 use std::collections::HashMap;
 use std::ffi::{CStr, CString};
 use std::fs;
-use std::os::fd::{OwnedFd, RawFd};
+use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::path::Path;
 use std::rc::Rc;
 
@@ -17,8 +17,8 @@ use libcontainer::utils::parse_env;
 use libcontainer::workload::{Executor, ExecutorError, ExecutorSetEnvsError, ExecutorValidationError};
 use nix::errno::Errno;
 use nix::sched::{CloneFlags, setns};
-use nix::sys::stat::{SFlag, fstat};
-use nix::unistd::{Gid, Uid, chdir, close, execve, fchown, getcwd, getpid};
+use nix::sys::stat::{FileStat, SFlag, fstat, makedev};
+use nix::unistd::{Gid, Uid, chdir, close, dup2, execve, fchown, getcwd, getpid};
 
 use crate::causes::{Cause, Sink, lower};
 use crate::cgroup_mounts::Restricted;
@@ -92,6 +92,7 @@ impl Workload {
             }
             make_directory(process.cwd())?;
         }
+        reopen_null();
         program::locate(process)?;
         program::arguments(process)?;
         program::environment(process, &[])?;
@@ -201,6 +202,25 @@ fn check_cwd() -> Result<(), Failure> {
     match getcwd() {
         Ok(path) if path.is_absolute() => Ok(()),
         _ => Err("the working directory is outside of the container".to_owned()),
+    }
+}
+
+/// libcontainer has opened the container's /dev/null for reading only and put that on every standard stream that was
+/// /dev/null outside: a program could not write to it.
+fn reopen_null() {
+    let null = |status: &FileStat| {
+        let kind = SFlag::from_bits_truncate(status.st_mode) & SFlag::S_IFMT;
+        kind == SFlag::S_IFCHR && status.st_rdev == makedev(1, 3)
+    };
+    for fd in 0..=2 {
+        if !fstat(fd).is_ok_and(|status| null(&status)) {
+            continue;
+        }
+        // A container without /dev/null keeps what it has.
+        let Ok(file) = fs::OpenOptions::new().read(true).write(true).open("/dev/null") else {
+            return;
+        };
+        let _ = dup2(file.as_raw_fd(), fd);
     }
 }
 

@@ -8,7 +8,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::FileExt;
 
 use serde::{Deserialize, Serialize};
@@ -510,6 +510,15 @@ fn existing(directory: &OwnedFd, name: &[u8]) -> torpor_sys::Result<Existing> {
     }
 }
 
+/// A directory of the image in the new container.
+enum Place {
+    Here(OwnedFd),
+    /// It does not have it yet.
+    Absent,
+    /// Something else is mounted there, or on the way.
+    Mounted,
+}
+
 /// A tmpfs of the new container, at the place of one of the image.
 struct Target<'a> {
     state: &'a State,
@@ -591,20 +600,14 @@ impl<'a> Target<'a> {
         Err(Error::nonsense(format!("{} in a tmpfs", self.shown(path))))
     }
 
-    /// A directory of the image, where the new container has it: it may not have it yet.
-    fn enter(&self, path: &[u8]) -> Result<Option<OwnedFd>> {
+    fn enter(&self, path: &[u8]) -> Result<Place> {
         if !path.is_empty() && !path.split(|b| *b == b'/').all(is_name) {
             return self.nonsense(path);
         }
         match tree::open(&self.root, if path.is_empty() { b"." } else { path }, LIST) {
-            Ok(directory) => Ok(Some(directory)),
-            Err(e)
-                if [libc::ENOENT, libc::ENOTDIR, libc::ELOOP, libc::EXDEV]
-                    .iter()
-                    .any(|n| is(&e, *n)) =>
-            {
-                Ok(None)
-            }
+            Ok(directory) => Ok(Place::Here(directory)),
+            Err(e) if is(&e, libc::EXDEV) => Ok(Place::Mounted),
+            Err(e) if [libc::ENOENT, libc::ENOTDIR, libc::ELOOP].iter().any(|n| is(&e, *n)) => Ok(Place::Absent),
             Err(e) => self.about(path, Err(e)),
         }
     }
@@ -637,6 +640,29 @@ impl<'a> Target<'a> {
             self.check_program(path, &entry.kind, m)?;
             self.check_change(path, m, None)
         })
+    }
+
+    fn check_directory(&self, path: &[u8], meta: &Meta, place: &Place) -> Result<()> {
+        match place {
+            Place::Here(directory) => {
+                let now = self.about(path, tree::node(directory))?;
+                self.check_change(path, meta, Some(&now))
+            }
+            Place::Absent => self.check_change(path, meta, None),
+            Place::Mounted => Ok(()),
+        }
+    }
+
+    /// What is there in the place of an entry, once it may be put there.
+    fn check_entry(&self, path: &[u8], entry: &Entry, place: &Place) -> Result<Existing> {
+        let now = match place {
+            Place::Here(directory) => self.about(path, existing(directory, &entry.name.0))?,
+            Place::Absent => Existing::Nothing,
+            Place::Mounted if entry.kind == Kind::Covered => Existing::Mount,
+            Place::Mounted => return self.hidden(path),
+        };
+        self.check(path, entry, &now)?;
+        Ok(now)
     }
 
     /// An empty directory or file may be there to mount something on it.
@@ -705,7 +731,7 @@ impl<'a> Target<'a> {
     }
 
     /// Gives an open file all of it. Times come last, and permissions after the owner, whose change takes bits away.
-    fn dress(&self, path: &[u8], file: &OwnedFd, meta: &Meta) -> Result<()> {
+    fn dress(&self, path: &[u8], file: &impl AsFd, meta: &Meta) -> Result<()> {
         let (uid, gid) = self.owner(meta);
         let some = |id| (id != STRANGER).then_some(id);
         let now = self.about(path, tree::node(file))?;
@@ -720,7 +746,7 @@ impl<'a> Target<'a> {
         self.about(path, tree::set_times(file, meta.atime, meta.mtime))
     }
 
-    fn dress_attributes(&self, path: &[u8], file: &OwnedFd, meta: &Meta) -> Result<()> {
+    fn dress_attributes(&self, path: &[u8], file: &impl AsFd, meta: &Meta) -> Result<()> {
         let wanted = |name: &[u8]| meta.attributes.iter().any(|(n, _)| n.0 == name);
         for name in self.about(path, tree::attributes(file))? {
             if is_carried(&name) && !wanted(&name) {
@@ -771,22 +797,17 @@ pub fn plan(states: &[State], image: &Reader, init: Pid, bounds: &Bounds, cancel
         }
         let target = Target::of(state, image, init, bounds, cancel)?;
         plan_room(state, &target.root)?;
-        let mut here = None;
+        let mut place = Place::Absent;
         let mut path = Vec::new();
         target.each(&mut |line| match line {
             Line::Directory { path: new, meta } => {
-                here = target.enter(&new.0)?;
+                place = target.enter(&new.0)?;
                 path = new.0;
-                let now = here.as_ref().map(tree::node).transpose();
-                target.check_change(&path, &meta, target.about(&path, now)?.as_ref())
+                target.check_directory(&path, &meta, &place)
             }
-            Line::Node(entry) => {
-                let full = join(&path, &entry.name.0);
-                let now = here
-                    .as_ref()
-                    .map_or(Ok(Existing::Nothing), |d| existing(d, &entry.name.0));
-                target.check(&full, &entry, &target.about(&full, now)?)
-            }
+            Line::Node(entry) => target
+                .check_entry(&join(&path, &entry.name.0), &entry, &place)
+                .map(drop),
             Line::Data { .. } => Ok(()),
         })?;
     }
@@ -827,7 +848,7 @@ pub fn rebuild(states: &[State], image: &Reader, init: Pid, bounds: &Bounds, can
 
 /// The directory that is being filled.
 struct Here {
-    directory: OwnedFd,
+    place: Place,
     path: Vec<u8>,
     meta: Meta,
     /// What the new container has in it and the image has not mentioned.
@@ -836,7 +857,7 @@ struct Here {
 
 /// The file that is being filled.
 struct Filling {
-    file: OwnedFd,
+    file: File,
     path: Vec<u8>,
     meta: Meta,
     size: u64,
@@ -866,16 +887,16 @@ impl Builder<'_> {
     }
 
     fn begin_directory(&mut self, path: Vec<u8>, meta: Meta) -> Result<()> {
-        // One that is a mount point in the new container was found to hold nothing in the image.
-        let Some(directory) = self.target.enter(&path)? else {
-            return Ok(());
+        let place = self.target.enter(&path)?;
+        self.target.check_directory(&path, &meta, &place)?;
+        let rest = match &place {
+            Place::Here(directory) => tree::names(directory).collect(),
+            Place::Mounted => Ok(BTreeSet::new()),
+            Place::Absent => return self.target.nonsense(&path),
         };
-        let node = self.target.about(&path, tree::node(&directory))?;
-        self.target.check_change(&path, &meta, Some(&node))?;
-        let rest: torpor_sys::Result<_> = tree::names(&directory).collect();
         let rest = self.target.about(&path, rest)?;
         self.here = Some(Here {
-            directory,
+            place,
             path,
             meta,
             rest,
@@ -885,42 +906,44 @@ impl Builder<'_> {
 
     /// Takes away what the image does not have; then nothing changes the directory's times any more.
     fn end_directory(&mut self) -> Result<()> {
-        let Some(here) = self.here.take() else {
+        let Some(Here {
+            place: Place::Here(directory),
+            path,
+            meta,
+            rest,
+        }) = self.here.take()
+        else {
             return Ok(());
         };
-        for name in &here.rest {
-            self.target
-                .about(&join(&here.path, name), clear(&here.directory, name))?;
+        for name in &rest {
+            self.target.about(&join(&path, name), clear(&directory, name))?;
         }
-        self.target.dress(&here.path, &here.directory, &here.meta)
+        self.target.dress(&path, &directory, &meta)
     }
 
     fn node(&mut self, entry: &Entry) -> Result<()> {
         let target = self.target;
         let Some(here) = &mut self.here else {
-            return target.hidden(&entry.name.0);
+            return target.nonsense(&entry.name.0);
         };
         let (name, path) = (&entry.name.0, join(&here.path, &entry.name.0));
         here.rest.remove(name);
-        let now = target.about(&path, existing(&here.directory, name))?;
-        target.check(&path, entry, &now)?;
+        let now = target.check_entry(&path, entry, &here.place)?;
+        let Place::Here(directory) = &here.place else {
+            return Ok(());
+        };
         match now {
             Existing::Mount => return Ok(()),
             Existing::File(file, node) if target.about(&path, keeps(&entry.kind, &file, &node))? => {
                 return entry.meta.as_ref().map_or(Ok(()), |m| target.dress(&path, &file, m));
             }
-            Existing::File(..) => {
-                if !target.about(&path, clear(&here.directory, name))? {
-                    return target.hidden(&path);
-                }
-            }
-            Existing::Nothing => {}
+            Existing::File(..) if !target.about(&path, clear(directory, name))? => return target.hidden(&path),
+            Existing::File(..) | Existing::Nothing => {}
         }
-        let directory = &here.directory;
         if let (Kind::File { size, reserved }, Some(meta)) = (&entry.kind, &entry.meta) {
             let file = target.about(&path, empty_file(directory, name, *size, *reserved))?;
             self.file = Some(Filling {
-                file,
+                file: file.into(),
                 path,
                 meta: meta.clone(),
                 size: *size,
@@ -938,17 +961,13 @@ impl Builder<'_> {
         if at.checked_add(bytes.len).is_none_or(|end| end > filling.size) {
             return target.nonsense(&filling.path);
         }
-        let copy = filling
-            .file
-            .try_clone()
-            .map_err(|e| torpor_sys::Error::io("dup", "file", &e));
-        let file = File::from(target.about(&filling.path, copy)?);
         let mut done = 0;
         while done < bytes.len {
             target.cancel.check()?;
             let piece = &mut self.buffer[..(bytes.len - done).min(PIECE as u64) as usize];
             target.image.read_at(bytes.offset.saturating_add(done), piece)?;
-            let written = file
+            let written = filling
+                .file
                 .write_all_at(piece, at + done)
                 .map_err(|e| torpor_sys::Error::io("write", "file", &e));
             target.about(&filling.path, written)?;
