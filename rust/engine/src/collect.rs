@@ -15,7 +15,9 @@ use torpor_sys::{Pid, kcmp};
 
 use crate::error::{About, Error, Result};
 use crate::freeze::{Frozen, FrozenProcess};
-use crate::kinds::{console, cpu, creds, files, fs, ipc, memory, mounts, paths, seccomp, settings, signals, timers, tmpfs, vdso};
+use crate::kinds::{
+    console, cpu, creds, files, fs, ipc, memory, mounts, paths, seccomp, settings, signals, timers, tmpfs, vdso,
+};
 use crate::model::{Body, Inventory, Process, Thread};
 
 /// Room for the table of a visit, in bytes.

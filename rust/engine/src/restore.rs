@@ -11,7 +11,7 @@ use torpor_sys::ptrace::{self, Options};
 use crate::build::{self, Objects, Skeleton};
 use crate::error::{About, Result};
 use crate::fill;
-use crate::kinds::shared;
+use crate::kinds::{shared, tmpfs};
 use crate::model::Inventory;
 use crate::plan::{self, Bounds};
 use crate::stage::{Cancel, Run, Stage, Timing};
@@ -53,12 +53,16 @@ pub fn restore(request: &Request, cancel: &Cancel, on_loaded: &mut dyn FnMut() -
         image.verify()?;
         Ok(image)
     })?;
+    let bounds = Bounds::of(&request.spec);
     let inventory: Inventory = run.stage(Stage::Plan, || {
-        let inventory = image.section("metadata")?;
-        plan::plan(&inventory, request.pid, &Bounds::of(&request.spec))?;
+        let inventory: Inventory = image.section("metadata")?;
+        plan::plan(&inventory, request.pid, &bounds)?;
+        tmpfs::plan(&inventory.tmpfs, &image, request.pid, &bounds, cancel)?;
         Ok(inventory)
     })?;
-    let (skeleton, objects) = run.stage(Stage::Build, || build::build(&inventory, &image, request.pid, cancel))?;
+    let (skeleton, objects) = run.stage(Stage::Build, || {
+        build::build(&inventory, &image, request.pid, &bounds, cancel)
+    })?;
     let bytes = run.stage(Stage::Fill, || fill::fill(&skeleton, &inventory, &image, cancel))?;
     run.stage(Stage::Resume, || {
         resume(skeleton, objects, &inventory, &image, on_loaded)

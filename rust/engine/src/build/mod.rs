@@ -22,8 +22,9 @@ use torpor_sys::wait::{self, Event};
 use torpor_sys::{PAGE_SIZE, Pid, fork, pidfd, proc};
 
 use crate::error::{About, Error, Result};
-use crate::kinds::{memory, vdso};
+use crate::kinds::{memory, tmpfs, vdso};
 use crate::model::Inventory;
+use crate::plan::Bounds;
 use crate::stage::Cancel;
 
 pub use objects::Objects;
@@ -66,11 +67,18 @@ impl Drop for Skeleton {
 }
 
 /// Builds the whole tree of `inventory` out of the waiting process `init`.
-pub fn build(inventory: &Inventory, image: &Reader, init: Pid, cancel: &Cancel) -> Result<(Skeleton, Objects)> {
+pub fn build(
+    inventory: &Inventory,
+    image: &Reader,
+    init: Pid,
+    bounds: &Bounds,
+    cancel: &Cancel,
+) -> Result<(Skeleton, Objects)> {
     let mut skeleton = Skeleton::seize(inventory, init)?;
     skeleton.empty()?;
     skeleton.connect()?;
     skeleton.grow(inventory)?;
+    tmpfs::rebuild(&inventory.tmpfs, image, init, bounds, cancel)?;
     let objects = objects::rebuild(&skeleton, inventory, image, cancel)?;
     for process in &inventory.processes {
         cancel.check()?;
