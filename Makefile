@@ -78,7 +78,7 @@ test: $(STAMPS)/installed ## Lint, test Rust, test Python and real containers
 
 .PHONY: test-rust
 test-rust: $(STAMPS)/packages ## Only the Rust tests
-	cargo test --quiet -p torpor-sys -p torpor-image -p torpor-engine -p torpor-launcher
+	cargo test --quiet --no-fail-fast -p torpor-sys -p torpor-image -p torpor-engine -p torpor-launcher
 
 .PHONY: test-python
 test-python: $(STAMPS)/installed ## Only pytest: make test-python ARGS="-k pipe"
