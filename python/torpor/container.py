@@ -124,9 +124,27 @@ class Container:
         Raises:
             StateError: `not-found`, or `bad-state` when it does not run.
         """
+        return proc.cgroup_processes(self.running("ps").pid)
+
+    def running(self, verb: str) -> State:
+        """The state of a container that `verb` makes sense for.
+
+        Raises:
+            StateError: `not-found`, or `bad-state`.
+        """
         state = self.refresh()
-        states.may("ps", self.id, state.status)
-        return proc.cgroup_processes(state.pid)
+        states.may(verb, self.id, state.status)
+        return state
+
+    def stats(self) -> dict[str, Any]:
+        """What it uses of processors, memory, processes and network, as `torpor events --stats` prints it.
+
+        Raises:
+            StateError: `not-found`, or `bad-state` when it does not run.
+        """
+        from . import cgroups
+
+        return cgroups.stats(self.running("events").pid)
 
     # ---- changing it
     # --------------------------------------------------------------------------------------------------------------
@@ -249,6 +267,19 @@ class Container:
         with exits.Exit(host_pid, proc.start_time(host_pid) or 0) as end:
             end.wait()
             return end.status()
+
+    def update(self, resources: dict[str, Any]) -> None:
+        """Change its limits: an OCI `linux.resources` object, of which memory, cpu, pids, blockIO.weight and unified
+        count. What is absent stays as it is.
+
+        Raises:
+            StateError: `not-found`, or `bad-state` when it does not run.
+            SpecError: a value cannot be understood.
+            KernelError: the kernel refused a value.
+        """
+        from . import cgroups
+
+        cgroups.update(self.running("update").pid, resources)
 
     def pause(self) -> None:
         """Freeze every process of the container where it is.

@@ -99,7 +99,7 @@ def _last_number_of(pid: int, field: str) -> int:
 
 def cgroup_processes(pid: int) -> list[int]:
     """All processes in the cgroup of `pid` and in those below it. [pid] when it has no cgroup of its own."""
-    for directory in _cgroup_directories(pid):
+    for directory in cgroup_directories(pid):
         found: list[int] = []
         for path, _, files in os.walk(directory):
             if "cgroup.procs" in files:
@@ -113,7 +113,7 @@ def cgroup_processes(pid: int) -> list[int]:
     return [pid]
 
 
-def _cgroup_directories(pid: int) -> Iterator[str]:
+def cgroup_directories(pid: int) -> Iterator[str]:
     """Directories of the hierarchies in which `pid` sits in another cgroup than we do: those are the container's
     own.
     """

@@ -47,6 +47,8 @@ MAY: dict[str, tuple[str, ...]] = {
     "exec": ("created", "running"),
     "kill": ("created", "running", "paused"),
     "ps": ("created", "running", "paused"),
+    "update": ("created", "running", "paused"),
+    "events": ("created", "running", "paused"),
     "delete": ("created", "stopped"),
 }
 

@@ -24,6 +24,7 @@ VERBS = {
     "create": "build a container and have it wait for start or restore",
     "delete": "remove a container and everything that belongs to it",
     "do": "run a command in a throw-away container on the host's files",
+    "events": "print what a container uses, again and again",
     "exec": "run another program in a container",
     "features": "say what this runtime can do, as OCI features JSON",
     "help": "show help for a verb",
@@ -38,6 +39,7 @@ VERBS = {
     "spec": "write a config.json to start from",
     "start": "start the program of a created container",
     "state": "show the state of a container",
+    "update": "change the limits of a container",
     "wait": "wait for a container to end",
 }
 
