@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 
 from .errors import UsageError
-from .flags import BOOL, SWITCH, TEXT, Flag, Parsed
+from .flags import BOOL, LIST, SWITCH, TEXT, Flag, Parsed
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -23,6 +23,11 @@ FLAGS = (
     Flag("debug-log", TEXT, "file for debug output; with a trailing / a directory that gets a file per command"),
     Flag("systemd-cgroup", BOOL, "make the container's cgroup through systemd"),
     Flag("network", TEXT, "sandbox, host or none", default="sandbox", choices=("sandbox", "host", "none")),
+    Flag(
+        "restore-from",
+        LIST,
+        "directory of images that containers may ask to start from (dev.torpor.restore); repeatable",
+    ),
     Flag(
         "cgroup-manager",
         TEXT,
@@ -48,7 +53,17 @@ class Config:
     typed.
     """
 
-    __slots__ = ("debug", "debug_log", "given", "log", "log_format", "network", "root", "systemd_cgroup")
+    __slots__ = (
+        "debug",
+        "debug_log",
+        "given",
+        "log",
+        "log_format",
+        "network",
+        "restore_from",
+        "root",
+        "systemd_cgroup",
+    )
 
     root: str
     log: str
@@ -57,6 +72,7 @@ class Config:
     debug_log: str
     systemd_cgroup: bool
     network: str
+    restore_from: tuple[str, ...]
     given: frozenset[str]
 
     def __init__(
@@ -69,6 +85,7 @@ class Config:
         debug_log: str = "",
         systemd_cgroup: bool = False,
         network: str = "sandbox",
+        restore_from: tuple[str, ...] = (),
         given: frozenset[str] = frozenset(),
     ) -> None:
         put = object.__setattr__
@@ -79,6 +96,7 @@ class Config:
         put(self, "debug_log", debug_log)
         put(self, "systemd_cgroup", systemd_cgroup)
         put(self, "network", network)
+        put(self, "restore_from", restore_from)
         put(self, "given", given)
 
     def __setattr__(self, name: str, value: object) -> None:
@@ -133,6 +151,7 @@ def from_flags(flags: Parsed) -> Config:
         debug_log=flags.text("debug-log"),
         systemd_cgroup=flags.on("systemd-cgroup") or manager == "systemd",
         network=flags.text("network"),
+        restore_from=tuple(os.path.abspath(path) for path in flags.words("restore-from")),
         given=frozenset(given),
     )
 

@@ -150,15 +150,21 @@ class Container:
     # --------------------------------------------------------------------------------------------------------------
 
     def start(self) -> None:
-        """Start the program of a created container.
+        """Start the program of a created container; or wake up the image that its spec asks for (torpor.warm).
 
         Raises:
             StateError: `not-found`, or `bad-state` when it is not in status created.
             LauncherError: the program cannot be executed.
+            and what `restore` raises, when there is an image.
         """
         with self.home as home:
             state = self.refresh()
             states.may("start", self.id, state.status)
+            if state.flags.get("image"):
+                from . import create
+
+                create.restore_into(self, state.flags["image"])
+                return
             launcher.run("start", "--root", home.file("oci"), "--id", self.id)
             state.move("running")
             home.write(state)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 
-from . import exits, launcher, log, network, overlay, proc, ruins
+from . import exits, launcher, log, network, overlay, proc, ruins, warm
 from .container import Container
 from .errors import TorporError, UsageError
 from .state import Home, State, check_id, may, replace_file
@@ -35,6 +35,7 @@ class Options:
         "no_new_keyring",
         "no_pivot",
         "pid_file",
+        "pidfd_socket",
         "preserve_fds",
         "stdio",
         "supervise",
@@ -45,6 +46,7 @@ class Options:
         *,
         console_socket: str = "",
         pid_file: str = "",
+        pidfd_socket: str = "",
         preserve_fds: int = 0,
         no_pivot: bool = False,
         no_new_keyring: bool = False,
@@ -54,6 +56,7 @@ class Options:
     ) -> None:
         self.console_socket = console_socket
         self.pid_file = pid_file
+        self.pidfd_socket = pidfd_socket
         self.preserve_fds = preserve_fds
         self.no_pivot = no_pivot
         self.no_new_keyring = no_new_keyring
@@ -79,9 +82,12 @@ def run(config: Config, container_id: str, plan: Plan, options: Options) -> Cont
         LauncherError or another TorporError: what the launcher reports.
     """
     with _Building(config, container_id, plan, options) as building:
-        building.commit()
-        launcher.run("start", *building.home_flags())
-        building.settle("running")
+        if building.image:
+            building.fill()
+        else:
+            building.commit()
+            launcher.run("start", *building.home_flags())
+            building.settle("running")
         return building.done()
 
 
@@ -91,11 +97,8 @@ def restore(config: Config, container_id: str, plan: Plan, options: Options, ima
     Raises:
         as `run`, and as `restore_into`.
     """
-    with _Building(config, container_id, plan, options) as building:
-        building.state.move("restoring")
-        building.home.write(building.state)
-        _fill(building.home, building.state, plan.spec, image, building.commit)
-        building.write_pid_file()
+    with _Building(config, container_id, plan, options, image) as building:
+        building.fill()
         return building.done()
 
 
@@ -161,8 +164,10 @@ def _fill(home: Home, state: State, spec: dict[str, Any], image: str, commit: Ca
 class _Building:
     """A container under construction. Leaving the block before `done` takes it down."""
 
-    def __init__(self, config: Config, container_id: str, plan: Plan, options: Options) -> None:
+    def __init__(self, config: Config, container_id: str, plan: Plan, options: Options, image: str = "") -> None:
         self.config = config
+        # What it is filled from instead of starting its program, "" for nothing: the caller's choice, else the spec's.
+        self.image = image
         self.plan = plan
         self.options = options
         self.home = Home(config.root, check_id(container_id))
@@ -188,6 +193,7 @@ class _Building:
         self.state.flags = {**self.config.remembered(), "on_host_root": plan.on_host_root}
         self.state.terminal = plan.terminal
         self.state.overlay = self.state.on_host_root = plan.on_host_root
+        self._look_for_image()
         self.home.write(self.state)
         if plan.lower:
             plan.spec["root"]["path"] = overlay.mount(self.home, plan.lower)
@@ -203,6 +209,19 @@ class _Building:
         self.home.write(self.state)
         if network.has_new_namespace(plan.spec):
             network.bring_up_loopback(self.state.pid)
+
+    def _look_for_image(self) -> None:
+        spec = self.plan.spec
+        name = warm.wanted(spec)
+        if not name:
+            return
+        if not self.image:
+            self.image = warm.find(name, self.config.restore_from)
+            from . import _core
+
+            warm.check(spec, self.image, json.loads(_core.peek(self.image)))
+            self.state.flags["image"] = self.image
+        warm.add_environment(self.home, spec)
 
     def _create_flags(self) -> list[str]:
         options = self.options
@@ -226,12 +245,20 @@ class _Building:
     def home_flags(self) -> list[str]:
         return _home_flags(self.home)
 
+    def fill(self) -> None:
+        self.state.move("restoring")
+        self.home.write(self.state)
+        _fill(self.home, self.state, self.plan.spec, self.image, self.commit)
+        self.write_pid_file()
+
     def settle(self, status: str) -> None:
         self.state.move(status)
         self.home.write(self.state)
         self.write_pid_file()
 
     def write_pid_file(self) -> None:
+        if self.options.pidfd_socket:
+            send_pidfd(self.options.pidfd_socket, self.state.pid)
         if self.options.pid_file:
             write_pid_file(self.options.pid_file, self.state.pid)
 
@@ -270,6 +297,23 @@ def write_pid_file(path: str, pid: int) -> None:
         replace_file(os.path.abspath(path), str(pid).encode(), 0o644)
     except OSError as e:
         raise UsageError(f"cannot write --pid-file {path}: {e.strerror}", code="bad-flag", object=path) from None
+
+
+def send_pidfd(path: str, pid: int) -> None:
+    """Hand a pidfd of the container's process to whoever listens: it names the process for good."""
+    import socket
+
+    try:
+        fd = os.pidfd_open(pid)
+        try:
+            with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC) as s:
+                s.connect(path)
+                # the name is what runc sends along
+                socket.send_fds(s, [b"pidfd"], [fd])
+        finally:
+            os.close(fd)
+    except OSError as e:
+        raise UsageError(f"cannot use --pidfd-socket {path}: {e.strerror}", code="bad-flag", object=path) from None
 
 
 def _self() -> tuple[int, int]:

@@ -18,6 +18,7 @@ START_FLAGS = (
     Flag("bundle", TEXT, "directory with config.json (the current one)", short="b"),
     Flag("console-socket", TEXT, "AF_UNIX socket that gets the master of the container's terminal"),
     Flag("pid-file", TEXT, "file to write the host's pid of the container to, last of all"),
+    Flag("pidfd-socket", TEXT, "AF_UNIX socket that gets a pidfd of the container's init"),
     Flag("preserve-fds", NUMBER, "hand on this many descriptors from 3 upwards"),
     Flag("no-pivot", BOOL, "do not use pivot_root, for a root on a ramdisk"),
     Flag("no-new-keyring", BOOL, "stay in the session keyring of the caller"),
@@ -49,6 +50,7 @@ def start_options(
     return Options(
         console_socket=console_socket or flags.text("console-socket"),
         pid_file=flags.text("pid-file"),
+        pidfd_socket=flags.text("pidfd-socket"),
         preserve_fds=preserve,
         no_pivot=flags.on("no-pivot"),
         no_new_keyring=flags.on("no-new-keyring"),

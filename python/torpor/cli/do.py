@@ -25,6 +25,7 @@ FLAGS = (
     # what attach asks for, and what makes no sense for a container that is gone with its command
     Flag("console-socket", TEXT, "", hidden=True),
     Flag("pid-file", TEXT, "file to write the host's pid of the command to"),
+    Flag("pidfd-socket", TEXT, "", hidden=True),
     Flag("preserve-fds", NUMBER, "hand on this many descriptors from 3 upwards"),
     Flag("no-pivot", BOOL, "", hidden=True),
     Flag("no-new-keyring", BOOL, "", hidden=True),

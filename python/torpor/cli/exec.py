@@ -29,6 +29,7 @@ FLAGS = (
     Flag("pid-file", TEXT, "file to write the host's pid of the program to"),
     Flag("internal-pid-file", TEXT, "file to write its pid in the container to"),
     Flag("console-socket", TEXT, "AF_UNIX socket that gets the master of its terminal"),
+    Flag("pidfd-socket", TEXT, "AF_UNIX socket that gets a pidfd of the program"),
     Flag("preserve-fds", NUMBER, "hand on this many descriptors from 3 upwards"),
     Flag("cgroup", TEXT, "cgroup below the container's"),
     Flag("no-new-privs", BOOL, "forbid it to gain privileges"),
@@ -120,8 +121,10 @@ def _attach(config: Config, found: Container, flags: Parsed, process: dict[str, 
 
 
 def _write_pid_files(flags: Parsed, pid: int) -> None:
-    from torpor.create import write_pid_file
+    from torpor.create import send_pidfd, write_pid_file
 
+    if flags.text("pidfd-socket"):
+        send_pidfd(flags.text("pidfd-socket"), pid)
     if flags.text("internal-pid-file"):
         from torpor import proc
 
