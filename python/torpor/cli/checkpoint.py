@@ -1,5 +1,6 @@
-"""DIR is made when it is missing and gets one file, checkpoint.img. Without --leave-running the container is stopped
-and its state kept until `delete`. Whatever goes wrong, the container runs on and nothing is left in DIR."""
+"""DIR is made when it is missing and gets one file, checkpoint.img, and with --work-path an inventory.img, which Podman
+looks for. Without --leave-running the container is stopped and its state kept until `delete`. Whatever goes wrong, the
+container runs on and nothing is left in DIR."""
 
 from __future__ import annotations
 
@@ -71,11 +72,26 @@ def execute(config: Config, flags: Parsed) -> int:
     with WorkLog(flags.text("work-path"), "dump.log") as work_log:
         saved = found.checkpoint(os.path.abspath(image), leave_running=flags.on("leave-running"))
         work_log.note(f"wrote {saved.path}: {saved.report}")
+        if flags.text("work-path"):
+            _mark_for_clients(saved.path)
     from torpor import log
 
     for warning in saved.warnings:
         log.warning(warning)
     return 0
+
+
+def _mark_for_clients(image: str) -> None:
+    """Podman and CRI-O, who always give --work-path, take an image for one when it has an inventory.img."""
+    try:
+        with open(os.path.join(image, "inventory.img"), "w") as f:
+            f.write(
+                "torpor: all that was saved is in checkpoint.img; this file is for clients that look for its name\n"
+            )
+    except OSError as e:
+        from torpor import log
+
+        log.warning(f"cannot write {image}/inventory.img, without which Podman will not restore: {e.strerror}")
 
 
 def check_empty_ns(flags: Parsed) -> None:

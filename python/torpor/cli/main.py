@@ -29,6 +29,7 @@ VERBS = {
     "features": "say what this runtime can do, as OCI features JSON",
     "help": "show help for a verb",
     "inspect": "show what is in an image",
+    "install": "make torpor a runtime of Docker, containerd or Podman",
     "kill": "send a signal to a container",
     "list": "list containers",
     "pause": "freeze a container where it is",
@@ -39,6 +40,7 @@ VERBS = {
     "spec": "write a config.json to start from",
     "start": "start the program of a created container",
     "state": "show the state of a container",
+    "uninstall": "take back what install did",
     "update": "change the limits of a container",
     "wait": "wait for a container to end",
 }

@@ -63,7 +63,8 @@ def execute(config: Config, flags: Parsed) -> int:
     check_empty_ns(flags)
     _check_lsm(flags)
     image = os.path.abspath(image)
-    with WorkLog(flags.text("work-path"), "restore.log"):
+    with WorkLog(flags.text("work-path"), "restore.log") as work_log:
+        work_log.note(f"restoring {image} as {container_id}")
         existing = api.find(container_id, root=config.root)
         if existing is not None:
             return _fill(config, existing, flags, image)
