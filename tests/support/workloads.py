@@ -126,6 +126,13 @@ class Workload:
     container: type[Container] = Container
     real: bool = False  # one of the real programs of issue 3
     needs: tuple[str, ...] = ()
+    mounts: tuple[dict[str, Any], ...] = ()
+
+
+def _tmpfs(point: str, *options: str) -> dict[str, Any]:
+    """As `docker run --tmpfs POINT:OPTIONS` has it."""
+    options = ("nosuid", "nodev", *options)
+    return {"destination": point, "type": "tmpfs", "source": "tmpfs", "options": list(options)}
 
 
 def _c(name: str, *args: str) -> Workload:
@@ -138,6 +145,8 @@ WORKLOADS = {
         _c("threads"), _c("signals"), _c("timers"), _c("blocked"), _c("identity", "first argument", "second"), _c("credentials"),
         _c("rlimits"), _c("memory"), _c("memfd"), _c("deleted"), _c("files"), _c("pipes"), _c("events"), _c("unixsock"), _c("inetsock"),
         _c("sessions"), _c("robust"), _c("rseq"),
+        Workload("tmpfs", ("/bin/tmpfs",), "busybox",
+                 mounts=(_tmpfs("/run", "noexec", "mode=755", "size=65536k"), _tmpfs("/tmp", "exec", "mode=1777"))),
         Workload("counter", ("sh", "/bin/counter.sh"), "busybox", real=True),
         Workload("pipeline", ("sh", "/bin/pipeline.sh"), "busybox", real=True),
         Workload("busy", ("/bin/busy",), "busybox", real=True),
@@ -163,7 +172,13 @@ class Stage:
         self.bundle = self._new_bundle()
 
     def _spec(self, rootfs: Path | str) -> dict[str, Any]:
-        config = bundles.spec(self.workload.args, rootfs=rootfs, caps=CAPS, env=["WORKLOAD=yes", "PYTHONHASHSEED=7"])
+        config = bundles.spec(
+            self.workload.args,
+            rootfs=rootfs,
+            caps=CAPS,
+            env=["WORKLOAD=yes", "PYTHONHASHSEED=7"],
+            mounts=self.workload.mounts,
+        )
         # the limits of a session may be too low for high file descriptors
         config["process"]["rlimits"] = [{"type": "RLIMIT_NOFILE", "soft": 4096, "hard": 4096}]
         return config

@@ -224,6 +224,11 @@ fn source_of(pid: Pid, name: &str, file: &OwnedFd, writable: bool, tables: &mut 
         return Err(Error::unsupported(pid, format!("mapping of {name}"), why, ""));
     }
     let path = name.replace("\\012", "\n");
+    // glibc makes a named semaphore under another name, which it takes away again.
+    let path = match path.strip_suffix(" (deleted)") {
+        Some(gone) => tables.view.other_name(gone, &id).unwrap_or(path),
+        None => path,
+    };
     let known = tables
         .mapped
         .iter()
