@@ -70,15 +70,29 @@ def execute(config: Config, flags: Parsed) -> int:
     check_empty_ns(flags)
     found = container(config, container_id)
     with WorkLog(flags.text("work-path"), "dump.log") as work_log:
-        saved = found.checkpoint(os.path.abspath(image), leave_running=flags.on("leave-running"))
-        work_log.note(f"wrote {saved.path}: {saved.report}")
+        path = os.path.abspath(image)
+        old = flags.text("work-path") and os.path.isfile(os.path.join(path, "checkpoint.img"))
+        saved = found.checkpoint(
+            os.path.join(path, f".torpor-{os.getpid()}") if old else path, leave_running=flags.on("leave-running")
+        )
+        if old:
+            _replace(saved.path, path)
+        work_log.note(f"wrote {path}: {saved.report}")
         if flags.text("work-path"):
-            _mark_for_clients(saved.path)
+            _mark_for_clients(path)
     from torpor import log
 
     for warning in saved.warnings:
         log.warning(warning)
     return 0
+
+
+def _replace(new: str, path: str) -> None:
+    """Podman, which always gives --work-path, has one directory for a container and writes there again and again. The
+    old image goes when the new one is complete.
+    """
+    os.replace(os.path.join(new, "checkpoint.img"), os.path.join(path, "checkpoint.img"))
+    os.rmdir(new)
 
 
 def _mark_for_clients(image: str) -> None:
