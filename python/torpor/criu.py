@@ -3,6 +3,7 @@ there is no criu.
 
 They ask its version before every checkpoint and restore, even when the runtime does not use CRIU. This answers the
 questions and does nothing else: `criu swrk FD` with VERSION and FEATURE_CHECK (criu's rpc.proto, over SOCK_SEQPACKET).
+Also here: the files with times that Podman reads after a checkpoint and a restore.
 """
 
 from __future__ import annotations
@@ -11,7 +12,8 @@ import sys
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
+    from typing import Any
 
 # The newest that was looked at (client-surface §5.3 wants 3.16 at least).
 VERSION = (4, 2, 0)
@@ -95,6 +97,30 @@ def _varints(data: bytes) -> Iterator[tuple[int, int]]:
             at += number()
         else:
             at += 8 if kind == 1 else 4
+
+
+# criu's image format, for the one file of it that Podman reads: magic numbers, then a StatsEntry (criu's stats.proto)
+_MAGIC = b"\x40\x59\x10\x55" + b"\x06\x33\x09\x57"
+
+
+def dump_stats(report: Mapping[str, Any]) -> bytes:
+    """The file `stats-dump`, for `podman container checkpoint --print-stats`."""
+    took = {stage["name"]: int(stage["us"]) for stage in report.get("stages") or []}
+    entry = (
+        _field(1, took.get("freeze", 0))
+        + _field(2, int(report.get("pause_us", 0)))
+        + _field(3, took.get("capture", 0))
+        + _field(4, took.get("write", 0))
+        + _field(5, int(report.get("pages", 0)))
+        + _field(6, 0)
+        + _field(7, int(report.get("pages", 0)))
+        + _field(8, 0)
+    )
+    return _stats(_bytes(1, entry))
+
+
+def _stats(message: bytes) -> bytes:
+    return _MAGIC + len(message).to_bytes(4, "little") + message
 
 
 if __name__ == "__main__":

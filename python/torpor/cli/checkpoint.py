@@ -69,6 +69,8 @@ def execute(config: Config, flags: Parsed) -> int:
         raise UsageError("--compression is not supported yet: use none", code="bad-flag", object="--compression")
     check_empty_ns(flags)
     found = container(config, container_id)
+    from torpor import criu
+
     with WorkLog(flags.text("work-path"), "dump.log") as work_log:
         path = os.path.abspath(image)
         old = flags.text("work-path") and os.path.isfile(os.path.join(path, "checkpoint.img"))
@@ -80,6 +82,7 @@ def execute(config: Config, flags: Parsed) -> int:
         work_log.note(f"wrote {path}: {saved.report}")
         if flags.text("work-path"):
             _mark_for_clients(path)
+            work_log.put("stats-dump", criu.dump_stats(saved.report))
     from torpor import log
 
     for warning in saved.warnings:
@@ -134,6 +137,16 @@ class WorkLog:
             from torpor import log
 
             log.debug(f"cannot write {self._path}: {e}")
+
+    def put(self, name: str, data: bytes) -> None:
+        """A file beside the log."""
+        try:
+            with open(os.path.join(os.path.dirname(self._path), name), "wb") as f:
+                f.write(data)
+        except OSError as e:
+            from torpor import log
+
+            log.debug(f"cannot write {name}: {e}")
 
     def __enter__(self) -> WorkLog:
         return self
