@@ -1,6 +1,7 @@
 //! Directory trees: the calls that std does not have. Names are bytes and relative to an open directory; no look-up
 //! ever follows a link, leaves the directory or enters another mount.
 
+use std::ffi::{CStr, CString};
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
 
 use nix::errno::Errno;
@@ -48,8 +49,8 @@ pub struct Space {
     pub nodes_free: u64,
 }
 
-fn c_string(name: &[u8]) -> Result<std::ffi::CString> {
-    std::ffi::CString::new(name).map_err(|_| Error::Parse {
+fn c_string(name: &[u8]) -> Result<CString> {
+    CString::new(name).map_err(|_| Error::Parse {
         file: "path".into(),
         text: show(name),
     })
@@ -57,11 +58,6 @@ fn c_string(name: &[u8]) -> Result<std::ffi::CString> {
 
 fn show(name: &[u8]) -> String {
     String::from_utf8_lossy(name).into_owned()
-}
-
-/// Where a descriptor of ours, O_PATH or not, can be named to calls that want a path.
-fn path_of(fd: impl AsFd) -> String {
-    format!("/proc/self/fd/{}", fd.as_fd().as_raw_fd())
 }
 
 /// openat2(2) with close-on-exec.
@@ -223,13 +219,30 @@ pub fn set_owner(file: impl AsFd, uid: Option<u32>, gid: Option<u32>) -> Result<
     check(ret.into(), "fchownat", fd).map(drop)
 }
 
+/// Runs a call on a descriptor; on one that is only O_PATH, where calls on descriptors fail, the one on a path.
+fn by_fd_or_path<T>(
+    file: impl AsFd,
+    by_fd: impl Fn(i32) -> Result<T>,
+    by_path: impl Fn(&CStr) -> Result<T>,
+) -> Result<T> {
+    let fd = file.as_fd().as_raw_fd();
+    match by_fd(fd) {
+        Err(e) if e.errno() == Some(Errno::EBADF) => by_path(&c_string(format!("/proc/self/fd/{fd}").as_bytes())?),
+        result => result,
+    }
+}
+
 /// Changes the permissions of an open file, O_PATH or not, that is not a link.
 pub fn set_mode(file: impl AsFd, mode: u32) -> Result<()> {
-    let path = path_of(file);
-    let c = c_string(path.as_bytes())?;
-    // SAFETY: c is a C string.
-    let ret = unsafe { libc::chmod(c.as_ptr(), mode & 0o7777) };
-    check(ret.into(), "chmod", path).map(drop)
+    let mode = mode & 0o7777;
+    let by_fd = |fd| {
+        // SAFETY: plain numbers.
+        check(unsafe { libc::fchmod(fd, mode) }.into(), "fchmod", fd).map(drop)
+    };
+    by_fd_or_path(file, by_fd, |path| {
+        // SAFETY: path is a C string.
+        check(unsafe { libc::chmod(path.as_ptr(), mode) }.into(), "chmod", mode).map(drop)
+    })
 }
 
 /// Sets both times (nanoseconds after the epoch) of an open file, O_PATH or not.
@@ -247,47 +260,100 @@ pub fn set_times(file: impl AsFd, atime: i64, mtime: i64) -> Result<()> {
 
 /// The names of the extended attributes of an open file, O_PATH or not. None where the file system has no such thing.
 pub fn attributes(file: impl AsFd) -> Result<Vec<Vec<u8>>> {
-    let path = path_of(file);
-    let c = c_string(path.as_bytes())?;
-    // A list is at most XATTR_LIST_MAX bytes long; most files have none.
+    let list = |room: &mut [u8]| -> Result<usize> {
+        let (at, len) = (room.as_mut_ptr().cast(), room.len());
+        let by_fd = |fd| {
+            // SAFETY: room of the given length.
+            check(unsafe { libc::flistxattr(fd, at, len) } as i64, "flistxattr", fd)
+        };
+        let found = by_fd_or_path(&file, by_fd, |path| {
+            // SAFETY: a C string and room of the given length.
+            check(
+                unsafe { libc::listxattr(path.as_ptr(), at, len) } as i64,
+                "listxattr",
+                "file",
+            )
+        });
+        found.map(|len| len as usize)
+    };
+    // Most files have none; a list has at most XATTR_LIST_MAX bytes.
     let mut room = vec![0u8; 256];
-    loop {
-        // SAFETY: a C string and room of the given length.
-        let len = unsafe { libc::listxattr(c.as_ptr(), room.as_mut_ptr().cast(), room.len()) };
-        match check(len as i64, "listxattr", &path) {
-            Ok(len) => {
-                let names = room[..len as usize].split(|b| *b == 0);
-                return Ok(names.filter(|n| !n.is_empty()).map(<[u8]>::to_vec).collect());
-            }
-            Err(e) if e.errno() == Some(Errno::EOPNOTSUPP) => return Ok(Vec::new()),
-            Err(e) if e.errno() == Some(Errno::ERANGE) && room.len() < 1 << 16 => room.resize(1 << 16, 0),
-            Err(e) => return Err(e),
+    let len = match list(&mut room) {
+        Err(e) if e.errno() == Some(Errno::ERANGE) => {
+            room.resize(1 << 16, 0);
+            list(&mut room)
         }
+        result => result,
+    };
+    match len {
+        Ok(len) => {
+            let names = room[..len].split(|b| *b == 0);
+            Ok(names.filter(|n| !n.is_empty()).map(<[u8]>::to_vec).collect())
+        }
+        Err(e) if e.errno() == Some(Errno::EOPNOTSUPP) => Ok(Vec::new()),
+        Err(e) => Err(e),
     }
 }
 
-/// The value of an extended attribute of an open file.
+/// The value of an extended attribute of an open file, O_PATH or not.
 pub fn attribute(file: impl AsFd, name: &[u8]) -> Result<Vec<u8>> {
-    let path = path_of(file);
-    let (c, attribute) = (c_string(path.as_bytes())?, c_string(name)?);
+    let attribute = c_string(name)?;
     let mut room = vec![0u8; 1 << 16];
-    // SAFETY: two C strings and room of the given length.
-    let len = unsafe { libc::getxattr(c.as_ptr(), attribute.as_ptr(), room.as_mut_ptr().cast(), room.len()) };
-    room.truncate(check(len as i64, "getxattr", show(name))? as usize);
+    let (at, len) = (room.as_mut_ptr().cast(), room.len());
+    let by_fd = |fd| {
+        // SAFETY: a C string and room of the given length.
+        check(
+            unsafe { libc::fgetxattr(fd, attribute.as_ptr(), at, len) } as i64,
+            "fgetxattr",
+            show(name),
+        )
+    };
+    let len = by_fd_or_path(file, by_fd, |path| {
+        // SAFETY: two C strings and room of the given length.
+        let len = unsafe { libc::getxattr(path.as_ptr(), attribute.as_ptr(), at, len) };
+        check(len as i64, "getxattr", show(name))
+    })?;
+    room.truncate(len as usize);
     Ok(room)
 }
 
-/// Sets an extended attribute of an open file; `None` takes it away.
-pub fn set_attribute(file: impl AsFd, name: &[u8], value: Option<&[u8]>) -> Result<()> {
-    let path = path_of(file);
-    let (c, attribute) = (c_string(path.as_bytes())?, c_string(name)?);
-    let ret = match value {
-        // SAFETY: two C strings and bytes of the given length.
-        Some(v) => unsafe { libc::setxattr(c.as_ptr(), attribute.as_ptr(), v.as_ptr().cast(), v.len(), 0) },
-        // SAFETY: two C strings.
-        None => unsafe { libc::removexattr(c.as_ptr(), attribute.as_ptr()) },
+/// Sets an extended attribute of an open file, O_PATH or not.
+pub fn set_attribute(file: impl AsFd, name: &[u8], value: &[u8]) -> Result<()> {
+    let attribute = c_string(name)?;
+    let (at, len) = (value.as_ptr().cast(), value.len());
+    let by_fd = |fd| {
+        // SAFETY: a C string and bytes of the given length.
+        check(
+            unsafe { libc::fsetxattr(fd, attribute.as_ptr(), at, len, 0) }.into(),
+            "fsetxattr",
+            show(name),
+        )
+        .map(drop)
     };
-    check(ret.into(), "setxattr", show(name)).map(drop)
+    by_fd_or_path(file, by_fd, |path| {
+        // SAFETY: two C strings and bytes of the given length.
+        let ret = unsafe { libc::setxattr(path.as_ptr(), attribute.as_ptr(), at, len, 0) };
+        check(ret.into(), "setxattr", show(name)).map(drop)
+    })
+}
+
+/// Takes an extended attribute away.
+pub fn remove_attribute(file: impl AsFd, name: &[u8]) -> Result<()> {
+    let attribute = c_string(name)?;
+    let by_fd = |fd| {
+        // SAFETY: a C string.
+        check(
+            unsafe { libc::fremovexattr(fd, attribute.as_ptr()) }.into(),
+            "fremovexattr",
+            show(name),
+        )
+        .map(drop)
+    };
+    by_fd_or_path(file, by_fd, |path| {
+        // SAFETY: two C strings.
+        let ret = unsafe { libc::removexattr(path.as_ptr(), attribute.as_ptr()) };
+        check(ret.into(), "removexattr", show(name)).map(drop)
+    })
 }
 
 /// The first range of a file, from `from` on, that holds data (SEEK_DATA, SEEK_HOLE), as (start, end).
@@ -329,6 +395,15 @@ pub fn space(file: impl AsFd) -> Result<Space> {
     })
 }
 
+/// A name in a directory.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct DirEntry {
+    /// The name.
+    pub name: Vec<u8>,
+    /// It is a regular file: opening it has no effect on anybody.
+    pub is_file: bool,
+}
+
 /// The names in a directory that is open for reading, without `.` and `..`; read as they are asked for.
 pub fn names(directory: &OwnedFd) -> Names<'_> {
     Names {
@@ -362,23 +437,24 @@ impl Names<'_> {
     }
 
     /// The next name in the buffer, whatever it is (struct linux_dirent64: ino, off, reclen, type, name).
-    fn take(&mut self) -> Option<&[u8]> {
+    fn take(&mut self) -> Option<DirEntry> {
         let entry = self.buffer.get(self.at..self.end)?;
         let len = usize::from(u16::from_le_bytes([*entry.get(16)?, *entry.get(17)?]));
-        let name = entry.get(19..len)?;
+        let is_file = *entry.get(18)? == libc::DT_REG;
+        let name = entry.get(19..len)?.split(|b| *b == 0).next()?.to_vec();
         self.at += len;
-        name.split(|b| *b == 0).next()
+        Some(DirEntry { name, is_file })
     }
 }
 
 impl Iterator for Names<'_> {
-    type Item = Result<Vec<u8>>;
+    type Item = Result<DirEntry>;
 
-    fn next(&mut self) -> Option<Result<Vec<u8>>> {
+    fn next(&mut self) -> Option<Result<DirEntry>> {
         while !self.is_done {
-            match self.take().map(<[u8]>::to_vec) {
-                Some(name) if name == b"." || name == b".." => {}
-                Some(name) => return Some(Ok(name)),
+            match self.take() {
+                Some(entry) if entry.name == b"." || entry.name == b".." => {}
+                Some(entry) => return Some(Ok(entry)),
                 None => {
                     if let Err(e) = self.refill() {
                         self.is_done = true;
@@ -422,7 +498,7 @@ pub fn message_queues() -> Result<Vec<Vec<u8>>> {
     // SAFETY: the kernel just gave us this descriptor.
     let mount = unsafe { OwnedFd::from_raw_fd(check(mount, "fsmount", "mqueue")? as i32) };
     let directory = fd::open_in_root(&mount, "/", libc::O_RDONLY | libc::O_DIRECTORY)?;
-    names(&directory).collect()
+    names(&directory).map(|entry| entry.map(|e| e.name)).collect()
 }
 
 #[cfg(test)]
@@ -491,7 +567,7 @@ mod tests {
         add_name(&fifo, &top, b"other").unwrap();
         let now = node(&fifo).unwrap();
         assert_eq!((now.mode, now.mtime, now.nlink), (libc::S_IFIFO | 0o644, 2, 2));
-        let mut all: Vec<_> = names(&top).map(Result::unwrap).collect();
+        let mut all: Vec<_> = names(&top).map(|e| e.unwrap().name).collect();
         all.sort();
         assert_eq!(all, [b"fifo".to_vec(), b"other".to_vec()]);
         remove(&top, b"fifo", false).unwrap();
@@ -535,7 +611,7 @@ mod tests {
         for i in 0..3000 {
             make_node(&top, format!("{i:0>40}").as_bytes(), libc::S_IFREG | 0o600, 0).unwrap();
         }
-        let all: std::collections::BTreeSet<_> = names(&top).map(Result::unwrap).collect();
+        let all: std::collections::BTreeSet<_> = names(&top).map(|e| e.unwrap().name).collect();
         assert_eq!(all.len(), 3000);
     }
 }

@@ -52,6 +52,8 @@ struct Filling {
     path: Vec<u8>,
     meta: Meta,
     size: u64,
+    /// As far as it reaches now.
+    end: u64,
 }
 
 struct Builder<'t> {
@@ -83,7 +85,7 @@ impl Builder<'_> {
         let place = self.target.enter(&path)?;
         self.target.check_directory(&path, &meta, &place)?;
         let rest = match &place {
-            Place::Here(directory) => tree::names(directory).collect(),
+            Place::Here(directory) => tree::names(directory).map(|e| e.map(|e| e.name)).collect(),
             Place::Mounted => Ok(BTreeSet::new()),
             Place::Absent => return self.target.nonsense(&path),
         };
@@ -120,8 +122,8 @@ impl Builder<'_> {
             return target.nonsense(&entry.name.0);
         };
         let (name, path) = (&entry.name.0, join(&here.path, &entry.name.0));
-        here.rest.remove(name);
-        let now = target.check_entry(&path, entry, &here.place)?;
+        let is_there = here.rest.remove(name);
+        let now = target.check_entry(&path, entry, &here.place, is_there)?;
         let Place::Here(directory) = &here.place else {
             return Ok(());
         };
@@ -135,12 +137,16 @@ impl Builder<'_> {
         }
         (self.join)();
         if let (Kind::File { size, reserved }, Some(meta)) = (&entry.kind, &entry.meta) {
-            let file = target.about(&path, empty_file(directory, name, *size, *reserved))?;
+            let file = target.about(&path, tree::create(directory, name))?;
+            if *reserved {
+                target.about(&path, tree::allocate(&file, *size))?;
+            }
             self.file = Some(Filling {
                 file: file.into(),
                 path,
                 meta: meta.clone(),
                 size: *size,
+                end: if *reserved { *size } else { 0 },
             });
             return Ok(());
         }
@@ -149,7 +155,7 @@ impl Builder<'_> {
 
     fn data(&mut self, at: u64, bytes: BlobRef) -> Result<()> {
         let target = self.target;
-        let Some(filling) = &self.file else {
+        let Some(filling) = &mut self.file else {
             return Err(Error::nonsense("content of no file"));
         };
         if at.checked_add(bytes.len).is_none_or(|end| end > filling.size) {
@@ -167,14 +173,17 @@ impl Builder<'_> {
             target.about(&filling.path, written)?;
             done += piece.len() as u64;
         }
+        filling.end = filling.end.max(at + done);
         Ok(())
     }
 
     fn end_file(&mut self) -> Result<()> {
-        match self.file.take() {
-            Some(filling) => self.target.dress(&filling.path, &filling.file, &filling.meta),
-            None => Ok(()),
+        let Some(filling) = self.file.take() else { return Ok(()) };
+        if filling.end < filling.size {
+            self.target
+                .about(&filling.path, fd::truncate(&filling.file, filling.size))?;
         }
+        self.target.dress(&filling.path, &filling.file, &filling.meta)
     }
 }
 
@@ -183,12 +192,15 @@ impl Target<'_> {
     fn dress(&self, path: &[u8], file: &impl AsFd, meta: &Meta) -> Result<()> {
         let (uid, gid) = self.owner(meta);
         let some = |id| (id != STRANGER).then_some(id);
-        let now = self.about(path, tree::node(file))?;
-        if some(uid).is_some_and(|u| u != now.uid) || some(gid).is_some_and(|g| g != now.gid) {
+        let mut now = self.about(path, tree::node(file))?;
+        let is_given = some(uid).is_some_and(|u| u != now.uid) || some(gid).is_some_and(|g| g != now.gid);
+        if is_given {
             self.about(path, tree::set_owner(file, some(uid), some(gid)))?;
         }
         self.dress_attributes(path, file, meta)?;
-        let now = self.about(path, tree::node(file))?;
+        if is_given || !meta.attributes.is_empty() {
+            now = self.about(path, tree::node(file))?;
+        }
         if now.kind() != libc::S_IFLNK && now.mode & 0o7777 != meta.mode & 0o7777 {
             self.about(path, tree::set_mode(file, meta.mode))?;
         }
@@ -199,7 +211,7 @@ impl Target<'_> {
         let wanted = |name: &[u8]| meta.attributes.iter().any(|(n, _)| n.0 == name);
         for name in self.about(path, tree::attributes(file))? {
             if is_carried(&name) && !wanted(&name) {
-                self.about(path, tree::set_attribute(file, &name, None))?;
+                self.about(path, tree::remove_attribute(file, &name))?;
             }
         }
         for (name, value) in &meta.attributes {
@@ -209,7 +221,7 @@ impl Target<'_> {
             let mut value = value.0.clone();
             let uid = |id| outside(&self.maps.uids, id);
             translate(&name.0, &mut value, uid, |id| outside(&self.maps.gids, id));
-            self.about(path, tree::set_attribute(file, &name.0, Some(&value)))?;
+            self.about(path, tree::set_attribute(file, &name.0, &value))?;
         }
         Ok(())
     }
@@ -246,15 +258,6 @@ impl Target<'_> {
     }
 }
 
-fn empty_file(directory: &OwnedFd, name: &[u8], size: u64, reserved: bool) -> torpor_sys::Result<OwnedFd> {
-    let file = tree::create(directory, name)?;
-    fd::truncate(&file, size)?;
-    if reserved {
-        tree::allocate(&file, size)?;
-    }
-    Ok(file)
-}
-
 /// Removes a name and all below it, but nothing that is a mount point; false when something is left.
 fn clear(directory: &OwnedFd, name: &[u8]) -> torpor_sys::Result<bool> {
     let (file, node) = match existing(directory, name)? {
@@ -265,10 +268,10 @@ fn clear(directory: &OwnedFd, name: &[u8]) -> torpor_sys::Result<bool> {
     let is_directory = node.kind() == libc::S_IFDIR;
     if is_directory {
         let inner = tree::open(&file, b".", LIST)?;
-        let names: torpor_sys::Result<Vec<Vec<u8>>> = tree::names(&inner).collect();
+        let entries: torpor_sys::Result<Vec<_>> = tree::names(&inner).collect();
         let mut all_gone = true;
-        for name in names? {
-            all_gone &= clear(&inner, &name)?;
+        for entry in entries? {
+            all_gone &= clear(&inner, &entry.name)?;
         }
         if !all_gone {
             return Ok(false);

@@ -6,8 +6,8 @@ use std::os::fd::OwnedFd;
 use std::os::unix::fs::FileExt;
 
 use torpor_image::BlobRef;
-use torpor_sys::tree::{self, Node};
-use torpor_sys::{Pid, fd, proc};
+use torpor_sys::tree::{self, DirEntry, Node};
+use torpor_sys::{Pid, proc};
 
 use super::{Entry, FULL, Kind, LIST, LOOK, Line, MAX_ATTRIBUTES, Meta, PIECE, State};
 use super::{inside, is, is_carried, join, shown, translate};
@@ -52,6 +52,9 @@ pub fn collect(
     }
     Ok(all)
 }
+
+/// How a regular file is opened. What turned into a FIFO would not block, but nobody can change anything now.
+const READ: i32 = libc::O_RDONLY | libc::O_NOFOLLOW | libc::O_NOATIME | libc::O_NONBLOCK;
 
 /// Lists one tmpfs.
 struct Walker<'a> {
@@ -135,17 +138,17 @@ impl<'a> Walker<'a> {
         })?;
         self.state.nodes += 1;
         // The kernel lists what was made last first: made again in this order, they are listed in the same.
-        let names: torpor_sys::Result<Vec<Vec<u8>>> = tree::names(&directory).collect();
-        for name in self.about(path, names)?.into_iter().rev() {
-            self.node(&directory, path, name)?;
+        let entries: torpor_sys::Result<Vec<DirEntry>> = tree::names(&directory).collect();
+        for entry in self.about(path, entries)?.into_iter().rev() {
+            self.node(&directory, path, entry)?;
         }
         Ok(())
     }
 
-    fn node(&mut self, directory: &OwnedFd, path: &[u8], name: Vec<u8>) -> Result<()> {
-        let full = join(path, &name);
-        let name = Name(name);
-        let file = match tree::open(directory, &name.0, LOOK) {
+    fn node(&mut self, directory: &OwnedFd, path: &[u8], entry: DirEntry) -> Result<()> {
+        let full = join(path, &entry.name);
+        let name = Name(entry.name);
+        let file = match tree::open(directory, &name.0, if entry.is_file { READ } else { LOOK }) {
             Ok(file) => file,
             Err(e) if is(&e, libc::EXDEV) => {
                 return self.line(&Line::Node(Entry {
@@ -176,7 +179,7 @@ impl<'a> Walker<'a> {
         self.state.nodes += 1;
         let device = |block| Kind::Device { block, rdev: node.rdev };
         let kind = match node.kind() {
-            libc::S_IFREG => return self.file(&full, name, meta, &file, &node),
+            libc::S_IFREG => return self.file(&full, name, meta, file, &node),
             libc::S_IFLNK => Kind::Symlink {
                 target: Name(self.about(&full, tree::target(&file))?),
             },
@@ -242,22 +245,28 @@ impl<'a> Walker<'a> {
         })
     }
 
-    fn file(&mut self, full: &[u8], name: Name, meta: Option<Meta>, file: &OwnedFd, node: &Node) -> Result<()> {
-        let file = self.about(full, fd::reopen(file, libc::O_RDONLY | libc::O_NOATIME))?;
+    fn file(&mut self, full: &[u8], name: Name, meta: Option<Meta>, file: OwnedFd, node: &Node) -> Result<()> {
         let file = File::from(file);
         self.state.bytes += node.allocated;
-        let first = self.about(full, tree::next_data(&file, 0))?;
-        let has_holes = first.is_none_or(|(start, end)| start > 0 || end < node.size);
+        let mut next = match node.size {
+            0 => None,
+            // A page is data as a whole, or not at all.
+            1..=4096 => (node.allocated > 0).then_some((0, node.size)),
+            _ => self.about(full, tree::next_data(&file, 0))?,
+        };
+        let has_holes = next.is_none_or(|(start, end)| start > 0 || end < node.size);
         let reserved = has_holes && node.size > 0 && node.allocated >= node.size;
         let kind = Kind::File {
             size: node.size,
             reserved,
         };
         self.line(&Line::Node(Entry { name, kind, meta }))?;
-        let mut next = first;
         while let Some((start, end)) = next {
             self.range(full, &file, start, end.min(node.size))?;
-            next = self.about(full, tree::next_data(&file, end))?;
+            next = match end < node.size {
+                true => self.about(full, tree::next_data(&file, end))?,
+                false => None,
+            };
         }
         Ok(())
     }

@@ -215,9 +215,10 @@ impl<'a> Target<'a> {
         }
     }
 
-    /// What is there in the place of an entry, once it may be put there.
-    pub(super) fn check_entry(&self, path: &[u8], entry: &Entry, place: &Place) -> Result<Existing> {
+    /// What is there in the place of an entry, once it may be put there. `is_there`: the directory may have it.
+    pub(super) fn check_entry(&self, path: &[u8], entry: &Entry, place: &Place, is_there: bool) -> Result<Existing> {
         let now = match place {
+            Place::Here(_) if !is_there => Existing::Nothing,
             Place::Here(directory) => self.about(path, existing(directory, &entry.name.0))?,
             Place::Absent => Existing::Nothing,
             Place::Mounted if entry.kind == Kind::Covered => Existing::Mount,
@@ -333,7 +334,7 @@ pub fn plan(states: &[State], image: &Reader, init: Pid, bounds: &Bounds, cancel
                 target.check_directory(&path, &meta, &place)
             }
             Line::Node(entry) => target
-                .check_entry(&join(&path, &entry.name.0), &entry, &place)
+                .check_entry(&join(&path, &entry.name.0), &entry, &place, true)
                 .map(drop),
             Line::Data { .. } => Ok(()),
         })?;
