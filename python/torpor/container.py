@@ -332,8 +332,10 @@ class Container:
         with self.home as home:
             state = self.refresh()
             states.may("checkpoint", self.id, state.status)
-            from . import _core
+            from . import _core, pager
 
+            # Memory that has not come yet cannot be saved.
+            pager.wait(home)
             made = _make_image_directory(os.path.abspath(image_path))
             request = {
                 "pid": state.pid,

@@ -30,6 +30,7 @@ class Options:
     """How a container is started, apart from what it is."""
 
     __slots__ = (
+        "background",
         "committed",
         "console_socket",
         "no_new_keyring",
@@ -53,6 +54,7 @@ class Options:
         stdio: Stdio | None = None,
         supervise: bool = False,
         committed: Callable[[int], None] | None = None,
+        background: bool = False,
     ) -> None:
         self.console_socket = console_socket
         self.pid_file = pid_file
@@ -62,6 +64,8 @@ class Options:
         self.no_new_keyring = no_new_keyring
         self.stdio = stdio
         self.supervise = supervise
+        # Of a restore: the program runs before its memory is there.
+        self.background = background
         # Called with the pid of init just before its program runs: from there on a signal to us is meant for it.
         self.committed = committed
 
@@ -103,7 +107,11 @@ def restore(config: Config, container_id: str, plan: Plan, options: Options, ima
 
 
 def restore_into(
-    container: Container, image: str, pid_file: str = "", committed: Callable[[int], None] | None = None
+    container: Container,
+    image: str,
+    pid_file: str = "",
+    committed: Callable[[int], None] | None = None,
+    background: bool = False,
 ) -> None:
     """Fill a created container from an image. A refusal leaves it as it was; a failure half way removes it.
 
@@ -120,7 +128,8 @@ def restore_into(
         state.move("restoring")
         home.write(state)
         try:
-            _fill(home, state, container.spec(), image, lambda: committed(state.pid) if committed else None)
+            commit = lambda: committed(state.pid) if committed else None  # noqa: E731
+            _fill(home, state, container.spec(), image, commit, background)
             if pid_file:
                 write_pid_file(pid_file, state.pid)
         except BaseException as e:
@@ -133,9 +142,11 @@ def restore_into(
             raise
 
 
-def _fill(home: Home, state: State, spec: dict[str, Any], image: str, commit: Callable[[], None]) -> None:
+def _fill(
+    home: Home, state: State, spec: dict[str, Any], image: str, commit: Callable[[], None], background: bool
+) -> None:
     """Let the engine rebuild the image's processes in the container's waiting init."""
-    from . import _core
+    from . import _core, pager
 
     def on_loaded() -> None:
         # Everything is there and still stopped: from here on it is a running container, whatever becomes of us.
@@ -148,9 +159,13 @@ def _fill(home: Home, state: State, spec: dict[str, Any], image: str, commit: Ca
         "image_path": os.path.abspath(image),
         "spec": spec,
         "orphan": ruins.orphan_command(home, state),
+        "background": background,
+        "pager_report": home.file(pager.REPORT),
     }
     report = json.loads(_core.restore(json.dumps(request), on_loaded))
     log.debug(f"restored {image} into {state.id}: {report}")
+    if report["background"]:
+        pager.note(home, report["pager"])
     for warning in report.get("warnings") or []:
         log.warning(warning)
     try:
@@ -248,7 +263,7 @@ class _Building:
     def fill(self) -> None:
         self.state.move("restoring")
         self.home.write(self.state)
-        _fill(self.home, self.state, self.plan.spec, self.image, self.commit)
+        _fill(self.home, self.state, self.plan.spec, self.image, self.commit, self.options.background)
         self.write_pid_file()
 
     def settle(self, status: str) -> None:

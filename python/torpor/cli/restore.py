@@ -35,7 +35,7 @@ FLAGS = (
     DETACH,
     Flag("work-path", TEXT, "directory for restore.log"),
     NO_SUBREAPER,
-    Flag("background", BOOL, "accepted; all pages are read before the container goes on"),
+    Flag("background", BOOL, "let the program run at once and bring its memory while it runs"),
     Flag("direct", BOOL, "accepted; torpor chooses how to do its I/O"),
     Flag("tcp-established", BOOL, PERMISSION),
     Flag("tcp-close", BOOL, PERMISSION),
@@ -81,14 +81,14 @@ def _fill(config: Config, existing: Container, flags: Parsed, image: str) -> int
         raise UsageError(f"container {existing.id!r} was created without that --{other}: leave it out")
     api.check_image(image)
     if flags.on("detach"):
-        create.restore_into(existing, image, flags.text("pid-file"))
+        create.restore_into(existing, image, flags.text("pid-file"), background=flags.on("background"))
         return 0
     from torpor.exits import Exit
 
     from .attach import Signals, exit_code, follow
 
     with Signals() as signals, Exit(existing.pid, state.start_time) as end:
-        create.restore_into(existing, image, flags.text("pid-file"), signals.aim_at)
+        create.restore_into(existing, image, flags.text("pid-file"), signals.aim_at, flags.on("background"))
         try:
             follow(end, existing.pid, signals)
             return exit_code(end.status())
@@ -101,6 +101,7 @@ def _make(config: Config, container_id: str, flags: Parsed, image: str) -> int:
     what = api.plan_for_restore(config, image, flags.text("bundle"), container_id)
 
     def build(options: Options) -> Container:
+        options.background = flags.on("background")
         return create.restore(config, container_id, what, options, image)
 
     return start(config, flags, what, build)

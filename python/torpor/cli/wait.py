@@ -30,6 +30,10 @@ def execute(config: Config, flags: Parsed) -> int:
         # Both hold the container's lock for as long as they are at work.
         with found.home:
             pass
+        if flags.on("restore"):
+            from torpor import pager
+
+            pager.wait(found.home)
         return 0
     if flags.number("rootpid") >= 0 and flags.number("pid") >= 0:
         raise UsageError("give either --pid or --rootpid")

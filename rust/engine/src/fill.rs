@@ -1,52 +1,70 @@
 //! The bytes of memory, from the image's page cache into the processes: one copy.
 
-use torpor_image::Reader;
+use torpor_image::{PageRun, Reader};
 use torpor_sys::PAGE_SIZE;
 use torpor_sys::mem::{Mapping, Memory};
 
 use crate::build::Skeleton;
 use crate::error::{About, Result};
+use crate::kinds::memory::Area;
 use crate::model::{Body, Inventory};
 use crate::stage::Cancel;
 
 /// How much of the image is mapped at once.
 const PIECE: u64 = 64 << 20;
 
-/// Fills the private memory of every process.
-pub fn fill(skeleton: &Skeleton, inventory: &Inventory, image: &Reader, cancel: &Cancel) -> Result<u64> {
+/// Fills the private memory of every process, as far as `wanted` says.
+pub fn fill(
+    skeleton: &Skeleton,
+    inventory: &Inventory,
+    image: &Reader,
+    cancel: &Cancel,
+    wanted: impl Fn(&Area) -> bool,
+) -> Result<u64> {
     let mut bytes = 0;
     for (index, process) in inventory.processes.iter().enumerate() {
         let Some(body) = &process.body else { continue };
         let memory = skeleton.site(process.pid)?.memory();
         for run in image.runs_of(index as u32).iter().filter(|r| !r.is_zero()) {
-            let total = run.pages * PAGE_SIZE;
-            let mut at = 0;
-            while at < total {
-                cancel.check()?;
-                let len = PIECE.min(total - at);
-                let data = Mapping::of(image.file(), run.offset + at, len as usize).about(process.pid, "image")?;
-                put(memory, body, run.start + at, data.bytes()).about(process.pid, "memory")?;
-                at += len;
+            for (area, start, end) in parts(body, run).filter(|(area, ..)| wanted(area)) {
+                bytes += copy(memory, area, run, start..end, image, cancel)?;
             }
-            bytes += total;
         }
     }
     Ok(bytes)
 }
 
-/// Writes to memory that may lie in several areas, some of which are not writable.
-fn put(memory: &Memory, body: &Body, start: u64, data: &[u8]) -> torpor_sys::Result<()> {
-    let end = start + data.len() as u64;
+/// A run of pages may lie in several areas: each with the addresses of the run in it.
+pub fn parts<'b>(body: &'b Body, run: &PageRun) -> impl Iterator<Item = (&'b Area, u64, u64)> {
+    let (start, end) = (run.start, run.end());
     let areas = &body.memory.areas;
     let first = areas.partition_point(|a| a.end <= start);
-    for area in areas[first..].iter().take_while(|a| a.start < end) {
-        let (from, to) = (start.max(area.start), end.min(area.end));
-        let part = &data[(from - start) as usize..(to - start) as usize];
-        if area.is_opened() {
-            memory.scatter(from, part)?;
+    let touched = areas[first..].iter().take_while(move |a| a.start < end);
+    touched.map(move |a| (a, start.max(a.start), end.min(a.end)))
+}
+
+fn copy(
+    memory: &Memory,
+    area: &Area,
+    run: &PageRun,
+    range: std::ops::Range<u64>,
+    image: &Reader,
+    cancel: &Cancel,
+) -> Result<u64> {
+    let pid = memory.pid();
+    let mut at = range.start;
+    while at < range.end {
+        cancel.check()?;
+        let len = PIECE.min(range.end - at);
+        let data = Mapping::of(image.file(), run.offset + (at - run.start), len as usize).about(pid, "image")?;
+        // An area that never was writable is written to from outside.
+        let done = if area.is_opened() {
+            memory.scatter(at, data.bytes())
         } else {
-            memory.write(from, part)?;
-        }
+            memory.write(at, data.bytes())
+        };
+        done.about(pid, "memory")?;
+        at += len;
     }
-    Ok(())
+    Ok((range.end - range.start) / PAGE_SIZE * PAGE_SIZE)
 }

@@ -14,6 +14,7 @@ pub mod freeze;
 pub mod inspect;
 pub mod kinds;
 pub mod model;
+pub mod pager;
 pub mod plan;
 pub mod restore;
 pub mod stage;

@@ -11,8 +11,10 @@ use torpor_sys::ptrace::{self, Options};
 use crate::build::{self, Objects, Skeleton};
 use crate::error::{About, Result};
 use crate::fill;
+use crate::kinds::memory::Area;
 use crate::kinds::{shared, tmpfs};
 use crate::model::Inventory;
+use crate::pager::{self, Guard, Pager};
 use crate::plan::{self, Bounds};
 use crate::stage::{Cancel, Run, Stage, Timing};
 
@@ -23,6 +25,9 @@ pub struct Request {
     pub pid: i32,
     /// The directory of the image.
     pub image_path: PathBuf,
+    /// Let the programs run before their memory is there.
+    #[serde(default)]
+    pub background: bool,
     /// The new container's config.json: what it grants at most.
     #[serde(default)]
     pub spec: Value,
@@ -35,22 +40,38 @@ pub struct Report {
     pub pid: i32,
     /// Threads.
     pub tasks: usize,
-    /// Bytes of memory that were filled.
+    /// Bytes of memory that were filled before it ran.
     pub bytes: u64,
+    /// Whether the rest is being filled while it runs.
+    pub background: bool,
     /// Time of each stage.
     pub stages: Vec<Timing>,
     /// What the image's report said, in words.
     pub warnings: Vec<String>,
 }
 
+/// A container that runs, and who brings the rest of its memory.
+#[derive(Debug)]
+pub struct Restored {
+    /// What was done so far.
+    pub report: Report,
+    /// To be finished by the caller, in this process.
+    pub pager: Option<Pager>,
+}
+
 /// Restores an image into a waiting container. `on_loaded` is called when all is there and nothing runs yet; an
 /// error from it undoes everything. When this returns an error, the container's processes are gone.
-pub fn restore(request: &Request, cancel: &Cancel, on_loaded: &mut dyn FnMut() -> Result<()>) -> Result<Report> {
+pub fn restore(request: &Request, cancel: &Cancel, on_loaded: &mut dyn FnMut() -> Result<()>) -> Result<Restored> {
     let mut run = Run::new(cancel);
     torpor_sys::fd::raise_limit();
     let image = run.stage(Stage::Read, || {
         let image = Reader::open(&request.image_path)?;
-        image.verify()?;
+        if request.background {
+            // The pages are checked block by block, when they are needed.
+            pager::verify_until(&image, first_page(&image))?;
+        } else {
+            image.verify()?;
+        }
         Ok(image)
     })?;
     let bounds = Bounds::of(&request.spec);
@@ -63,17 +84,47 @@ pub fn restore(request: &Request, cancel: &Cancel, on_loaded: &mut dyn FnMut() -
     let (skeleton, objects) = run.stage(Stage::Build, || {
         build::build(&inventory, &image, request.pid, &bounds, cancel)
     })?;
-    let bytes = run.stage(Stage::Fill, || fill::fill(&skeleton, &inventory, &image, cancel))?;
+    let (bytes, pager) = run.stage(Stage::Fill, || {
+        let waits = |area: &Area| request.background && area.can_wait();
+        let bytes = fill::fill(&skeleton, &inventory, &image, cancel, |area| !waits(area))?;
+        let pager = if request.background {
+            Some(start_pager(&skeleton, &inventory, request)?)
+        } else {
+            None
+        };
+        Ok((bytes, pager))
+    })?;
     run.stage(Stage::Resume, || {
         resume(skeleton, objects, &inventory, &image, on_loaded)
     })?;
-    Ok(Report {
+    let report = Report {
         pid: request.pid,
         tasks: inventory.tasks(),
         bytes,
+        background: pager.is_some(),
         stages: run.timings(),
         warnings: inventory.warnings,
-    })
+    };
+    Ok(Restored { report, pager })
+}
+
+/// Where the first page is in the file: what lies before it is read while the processes are built.
+fn first_page(image: &Reader) -> u64 {
+    image
+        .runs()
+        .iter()
+        .filter(|r| !r.is_zero())
+        .map(|r| r.offset)
+        .min()
+        .unwrap_or(image.data_len())
+}
+
+/// A program whose pager was killed would find zeroes: a guard holds the descriptors too, and ends the container then.
+fn start_pager(skeleton: &Skeleton, inventory: &Inventory, request: &Request) -> Result<Pager> {
+    let image = Reader::open(&request.image_path)?;
+    let missing = skeleton.missing(inventory, &image)?;
+    let guard = Guard::start(request.pid, &missing)?;
+    Pager::start(image, missing, guard)
 }
 
 /// Completes every process, and lets all go at once: only when nothing can fail any more.

@@ -187,6 +187,28 @@ impl Reader {
         failures.into_iter().next().map_or(Ok(()), |(_, error)| Err(error))
     }
 
+    /// Reads the checksummed block that holds the byte at `offset` of the file, and checks it: for whoever cannot wait for
+    /// [`Reader::verify`]. Returns the offset of its first byte; `buffer` then holds the block and nothing else.
+    ///
+    /// # Errors
+    /// [`Error::Corrupt`] when it is not what was written, or no such block exists; [`Error::Io`].
+    pub fn read_block(&self, offset: u64, buffer: &mut Vec<u8>) -> Result<u64, Error> {
+        let block = offset.checked_sub(DATA_START).map(|at| at / BLOCK_SIZE as u64);
+        let known = block.and_then(|block| Some((block, *self.blocks.get(usize::try_from(block).ok()?)?)));
+        let Some((block, expected)) = known else {
+            return Err(self.corrupt("data", format!("no data at offset {offset}")));
+        };
+        let begin = block * BLOCK_SIZE as u64;
+        let len = (self.trailer.data_len - begin).min(BLOCK_SIZE as u64) as usize;
+        buffer.resize(len, 0);
+        self.source().read("data", DATA_START + begin, buffer)?;
+        if checksum::of(buffer) != expected {
+            let why = format!("wrong checksum of the {len} bytes at offset {}", DATA_START + begin);
+            return Err(self.corrupt("data", why));
+        }
+        Ok(DATA_START + begin)
+    }
+
     /// Takes block after block until none is left. Blocks are handed out in order, so the first failure of each worker is enough to
     /// find the first of all.
     fn verify_blocks(&self, next: &AtomicU64) -> Result<(), (u64, Error)> {

@@ -8,11 +8,13 @@ use std::io::{Read, Write};
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use pyo3::prelude::*;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
+use torpor_engine::pager::Pager;
 use torpor_engine::stage::Cancel;
 use torpor_sys::cgroup::Freezer;
 use torpor_sys::{Pid, fork, wait};
@@ -43,19 +45,35 @@ struct Orphan {
 }
 
 /// The tracer's end of the socket.
-struct Caller(File);
+struct Caller {
+    socket: File,
+    /// The work that the caller asked for is done: it may go.
+    settled: Arc<AtomicBool>,
+}
+
+/// What a tracer has to tell, and what it still has to do when it has been told.
+struct Ending {
+    message: Message,
+    after: Option<Box<dyn FnOnce()>>,
+}
+
+impl From<Message> for Ending {
+    fn from(message: Message) -> Ending {
+        Ending { message, after: None }
+    }
+}
 
 impl Caller {
     fn tell(&mut self, message: &Message) -> std::io::Result<()> {
         let mut line = serde_json::to_vec(message).map_err(std::io::Error::other)?;
         line.push(b'\n');
-        self.0.write_all(&line)
+        self.socket.write_all(&line)
     }
 
     /// Waits for the caller's word. Anything but "go" is a no.
     fn allows(&mut self) -> bool {
         let mut word = [0; 1];
-        self.0.read_exact(&mut word).is_ok() && word == *b"g"
+        self.socket.read_exact(&mut word).is_ok() && word == *b"g"
     }
 }
 
@@ -67,7 +85,7 @@ struct Tracer {
 }
 
 /// Forks a process that runs `work`. `work` gets the line to us and a flag that rises when we are gone.
-fn start(work: impl FnOnce(&mut Caller, &Cancel) -> Message) -> Result<Tracer, Failure> {
+fn start(work: impl FnOnce(&mut Caller, &Cancel) -> Ending) -> Result<Tracer, Failure> {
     let failed = |e: torpor_sys::Error| Failure::new("kernel", e.to_string());
     let (ours, theirs) = fork::socket_pair().map_err(failed)?;
     let pid = fork::fork(|| in_tracer(theirs, work)).map_err(failed)?;
@@ -78,16 +96,20 @@ fn start(work: impl FnOnce(&mut Caller, &Cancel) -> Message) -> Result<Tracer, F
     })
 }
 
-fn in_tracer(socket: OwnedFd, work: impl FnOnce(&mut Caller, &Cancel) -> Message) -> i32 {
+fn in_tracer(socket: OwnedFd, work: impl FnOnce(&mut Caller, &Cancel) -> Ending) -> i32 {
     if fork::become_independent(c"torpor-tracer", &[socket.as_raw_fd()]).is_err() {
         return 1;
     }
     wait::block_sigchld();
     let cancel = Arc::new(Cancel::default());
-    if let (Ok(watched), flag) = (socket.try_clone(), Arc::clone(&cancel)) {
+    let settled = Arc::new(AtomicBool::new(false));
+    if let (Ok(watched), flag, settled) = (socket.try_clone(), Arc::clone(&cancel), Arc::clone(&settled)) {
         // Ends with the process.
         std::thread::spawn(move || {
             fork::wait_hangup(&watched);
+            if settled.load(Ordering::Acquire) {
+                return;
+            }
             flag.cancel();
             // Undoing takes milliseconds. If it hangs, the kernel is the better one to undo: it lets go of all tasks
             // of a tracer that ends.
@@ -95,9 +117,17 @@ fn in_tracer(socket: OwnedFd, work: impl FnOnce(&mut Caller, &Cancel) -> Message
             fork::exit_now(2);
         });
     }
-    let mut caller = Caller(File::from(socket));
-    let message = work(&mut caller, &cancel);
-    let _ = caller.tell(&message);
+    let mut caller = Caller {
+        socket: File::from(socket),
+        settled,
+    };
+    let ending = work(&mut caller, &cancel);
+    caller.settled.store(true, Ordering::Release);
+    let _ = caller.tell(&ending.message);
+    drop(caller);
+    if let Some(after) = ending.after {
+        after();
+    }
     0
 }
 
@@ -125,12 +155,17 @@ impl Tracer {
         let _ = self.socket.write_all(word);
     }
 
-    /// Hangs up and waits for the process.
-    fn end(self, py: Python<'_>) {
+    /// Hangs up and waits for the process; one that works on is waited for beside.
+    fn end(self, py: Python<'_>, works_on: bool) {
         let Tracer { pid, socket, .. } = self;
         drop(socket);
         // Somebody else in this program may have waited for it already.
-        py.detach(|| drop(fork::wait_child(pid)));
+        let wait = move || drop(fork::wait_child(pid));
+        if works_on {
+            std::thread::spawn(wait);
+        } else {
+            py.detach(wait);
+        }
     }
 }
 
@@ -170,7 +205,7 @@ impl Aftermath {
         }
         // Twins ended with their tracer; their zombies need another one.
         let init = self.init;
-        let reaper = start(move |_, _| conclude(torpor_engine::twin::reap_orphans(init)));
+        let reaper = start(move |_, _| conclude(torpor_engine::twin::reap_orphans(init)).into());
         if let Ok(Tracer { pid, socket, .. }) = reaper {
             while matches!(fork::read_for(&socket, 10_000), Ok(Some(bytes)) if !bytes.is_empty()) {}
             let _ = fork::wait_child(pid);
@@ -213,12 +248,19 @@ fn attend(
             other => break other,
         }
     };
-    tracer.end(py);
+    let works_on = matches!(&outcome, Ok(Some(Message::Done(report))) if report["background"] == true);
+    let pager = tracer.pid;
+    tracer.end(py, works_on);
     if let Some(e) = refused {
         return Err(e);
     }
     match outcome? {
-        Some(Message::Done(report)) => Ok(report.to_string()),
+        Some(Message::Done(mut report)) => {
+            if works_on {
+                report["pager"] = pager.into();
+            }
+            Ok(report.to_string())
+        }
         Some(Message::Failed(failure)) => Err(failure.raise(py)),
         Some(Message::Loaded) | None => {
             py.detach(|| aftermath.put_right());
@@ -231,7 +273,7 @@ fn attend(
 pub fn checkpoint(py: Python<'_>, request: &str) -> PyResult<String> {
     let request: torpor_engine::checkpoint::Request = parse(py, request)?;
     let aftermath = Aftermath::of(request.pid, Some(&request.image_path));
-    let work = |_: &mut Caller, cancel: &Cancel| conclude(torpor_engine::checkpoint(&request, cancel));
+    let work = |_: &mut Caller, cancel: &Cancel| conclude(torpor_engine::checkpoint(&request, cancel)).into();
     let tracer = start(work).map_err(|f| f.raise(py))?;
     attend(py, tracer, &aftermath, &mut |_| Ok(()))
 }
@@ -241,27 +283,49 @@ pub fn restore(py: Python<'_>, request: &str, on_loaded: &Py<PyAny>) -> PyResult
     struct Rest {
         #[serde(default)]
         orphan: Orphan,
+        #[serde(default)]
+        pager_report: Option<PathBuf>,
     }
     let rest: Rest = parse(py, request)?;
     let request: torpor_engine::restore::Request = parse(py, request)?;
     let aftermath = Aftermath::of(request.pid, None);
     let work = |caller: &mut Caller, cancel: &Cancel| {
-        let mut abandoned = false;
         let result = torpor_engine::restore(&request, cancel, &mut || {
             let told = caller.tell(&Message::Loaded).is_ok();
             if told && caller.allows() {
                 return Ok(());
             }
-            abandoned = true;
             Err(torpor_engine::Error::Cancelled { stage: None })
         });
-        if result.is_err() && (abandoned || cancel.check().is_err()) && cancel.check().is_err() {
+        if result.is_err() && cancel.check().is_err() {
             clean_up(&rest.orphan);
         }
-        conclude(result)
+        match result {
+            Err(error) => Message::Failed(error.into()).into(),
+            Ok(restored) => {
+                let message = conclude(Ok(restored.report));
+                let after = restored.pager.map(|pager| {
+                    let report = rest.pager_report.clone();
+                    Box::new(move || page_in(pager, report)) as Box<dyn FnOnce()>
+                });
+                Ending { message, after }
+            }
+        }
     };
     let tracer = start(work).map_err(|f| f.raise(py))?;
     attend(py, tracer, &aftermath, &mut |py| on_loaded.call0(py).map(drop))
+}
+
+/// Brings the rest of a container's memory and leaves word of how it went.
+fn page_in(pager: Pager, report: Option<PathBuf>) {
+    let outcome = pager.finish();
+    let Some(path) = report else { return };
+    let partial = path.with_extension("partial");
+    // Whoever waits sees that we are gone, in any case.
+    let written = serde_json::to_vec(&outcome).is_ok_and(|json| std::fs::write(&partial, json).is_ok());
+    if written {
+        let _ = std::fs::rename(&partial, &path);
+    }
 }
 
 /// Removes a half restored container whose owner is gone.

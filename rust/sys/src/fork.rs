@@ -166,3 +166,23 @@ pub fn read_for(file: &std::fs::File, ms: i32) -> Result<Option<Vec<u8>>> {
     bytes.truncate(got);
     Ok(Some(bytes))
 }
+
+/// Waits for one byte; `None` when the other end was closed without one.
+pub fn read_byte(fd: &OwnedFd) -> Option<u8> {
+    let mut byte = 0u8;
+    loop {
+        // SAFETY: room for one byte.
+        let got = unsafe { libc::read(fd.as_raw_fd(), (&raw mut byte).cast(), 1) };
+        if got < 0 && nix::errno::Errno::last() == nix::errno::Errno::EINTR {
+            continue;
+        }
+        return (got == 1).then_some(byte);
+    }
+}
+
+/// Writes one byte.
+pub fn write_byte(fd: &OwnedFd) -> Result<()> {
+    // SAFETY: one byte to read.
+    let ret = unsafe { libc::write(fd.as_raw_fd(), b"c".as_ptr().cast(), 1) };
+    check(ret as i64, "write", "guard").map(drop)
+}

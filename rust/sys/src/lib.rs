@@ -18,6 +18,7 @@ pub mod ptrace;
 pub mod remote;
 pub mod socket;
 pub mod tree;
+pub mod uffd;
 pub mod wait;
 
 pub use error::{Error, Result};

@@ -5,6 +5,7 @@
 //! mappings and settings. All of it carries PTRACE_O_EXITKILL: half a container never outlives its tracer.
 
 mod descriptors;
+mod missing;
 mod objects;
 mod process;
 mod thread;

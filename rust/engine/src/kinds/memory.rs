@@ -257,6 +257,11 @@ impl Area {
         !self.advice.contains(&libc::MADV_DONTFORK) && !self.advice.contains(&libc::MADV_WIPEONFORK)
     }
 
+    /// Whether its pages may come after the program runs: only plain memory can be watched (userfaultfd(2)).
+    pub fn can_wait(&self) -> bool {
+        self.source == Source::Nothing && self.is_opened() && !self.locked
+    }
+
     /// Made writable until it is filled; then its real protection is set by [`seal`]. One that never was
     /// writable stays as it is: making it so would count it as memory in use.
     pub fn is_opened(&self) -> bool {

@@ -160,6 +160,9 @@ pub struct Survey {
     sockets: BTreeMap<u64, UnixSocket>,
     /// Sockets that wait to be accepted, with the socket that listens.
     waiting: BTreeMap<u64, u64>,
+    /// Stream sockets of our own namespace whose other end is gone. A connection belongs to the namespace of the one
+    /// who called, also the end that accepted it (net/unix/af_unix.c, unix_stream_connect).
+    widowed: BTreeMap<u64, UnixSocket>,
     view: View,
 }
 
@@ -167,7 +170,10 @@ pub struct Survey {
 pub fn survey(init: Pid) -> Result<Survey> {
     let all = namespace::within(init, &["net"], diag::unix_sockets).about(init, "unix sockets")?;
     let waiting = all.iter().flat_map(|s| s.waiting.iter().map(|w| (*w, s.ino))).collect();
+    let is_widow = |s: &UnixSocket| s.kind != libc::SOCK_DGRAM && s.shutdown == 3 && s.peer.is_none_or(|p| p == 0);
+    let ours = diag::unix_sockets().about(init, "unix sockets")?;
     Ok(Survey {
+        widowed: ours.into_iter().filter(is_widow).map(|s| (s.ino, s)).collect(),
         sockets: all.into_iter().map(|s| (s.ino, s)).collect(),
         waiting,
         view: View::of(init)?,
@@ -211,7 +217,7 @@ pub fn collect(
     let object = format!("fd {fd_no}: socket unix:[{ino}] {name}").trim_end().to_owned();
     let refuse = |why: &str, remedy: &str| Err(Error::unsupported(pid, object.clone(), why, remedy));
     let peer_name = socket::peer(fd).about(pid, &object)?.map(Name::of);
-    let Some(entry) = survey.sockets.get(&ino) else {
+    let Some(entry) = survey.sockets.get(&ino).or_else(|| survey.widowed.get(&ino)) else {
         return if peer_name.is_some() {
             Ok(Found::Outside)
         } else {
