@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,6 +25,14 @@ hypothesis.settings.load_profile(os.environ.get("TORPOR_HYPOTHESIS", "fast"))
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    # nohup and a shell's & have their children ignore these; what we start would inherit that and be another program
+    for number, usual in (
+        (signal.SIGINT, signal.default_int_handler),
+        (signal.SIGQUIT, signal.SIG_DFL),
+        (signal.SIGHUP, signal.SIG_DFL),
+    ):
+        if signal.getsignal(number) is signal.SIG_IGN:
+            signal.signal(number, usual)
     procs.become_subreaper()
     global reaper
     reaper = procs.Reaper()
