@@ -10,6 +10,8 @@ mod fill;
 mod guest;
 mod save;
 mod target;
+#[cfg(test)]
+mod tests;
 
 use serde::{Deserialize, Serialize};
 use torpor_image::BlobRef;
