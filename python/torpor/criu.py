@@ -115,6 +115,7 @@ def dump_stats(report: Mapping[str, Any]) -> bytes:
         + _field(6, 0)
         + _field(7, int(report.get("pages", 0)))
         + _field(8, 0)
+        + _field(9, 0)
     )
     return _stats(_bytes(1, entry))
 
