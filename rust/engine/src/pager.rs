@@ -17,6 +17,7 @@ use torpor_sys::uffd::{self, Event, Put, Uffd};
 use torpor_sys::{PAGE_SIZE, Pid, fd, fork, pidfd};
 
 use crate::error::{About, Result};
+use crate::stage::{Cancel, Stage, failpoint};
 
 /// A part of an address space that came from the image: where it is now, and where it was.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -148,6 +149,8 @@ impl Pager {
     /// Fills all that is still missing, then lets go. Called when the processes run.
     pub fn finish(mut self) -> Outcome {
         let shared = Arc::clone(&self.shared);
+        // For tests: what is missing then stays missing until it is touched.
+        let _ = failpoint(Stage::Page, &Cancel::default());
         let mut at = 0;
         // Forks add address spaces at the end.
         while let Some(space) = shared.space(at) {

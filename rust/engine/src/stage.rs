@@ -23,6 +23,7 @@ pub enum Stage {
     Build,
     Fill,
     Resume,
+    Page,
 }
 
 impl Stage {
@@ -39,6 +40,7 @@ impl Stage {
             Stage::Build => "build",
             Stage::Fill => "fill",
             Stage::Resume => "resume",
+            Stage::Page => "page",
         }
     }
 }
@@ -112,7 +114,7 @@ impl<'c> Run<'c> {
 
 /// `TORPOR_FAILPOINT=stage[:error|kill|hang]`: what tests use to stop us at the end of a stage, while what it
 /// made still stands.
-fn failpoint(stage: Stage, cancel: &Cancel) -> Result<()> {
+pub fn failpoint(stage: Stage, cancel: &Cancel) -> Result<()> {
     static WANTED: OnceLock<String> = OnceLock::new();
     let wanted = WANTED.get_or_init(|| std::env::var("TORPOR_FAILPOINT").unwrap_or_default());
     let (name, action) = wanted.split_once(':').unwrap_or((wanted, "error"));
