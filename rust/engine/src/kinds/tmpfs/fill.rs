@@ -1,10 +1,10 @@
 //! From the list of a tmpfs to its files.
 
-use std::cell::OnceCell;
 use std::collections::BTreeSet;
 use std::fs::File;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::FileExt;
+use std::sync::OnceLock;
 
 use torpor_image::{BlobRef, Reader};
 use torpor_sys::{Pid, fd, tree};
@@ -12,27 +12,21 @@ use torpor_sys::{Pid, fd, tree};
 use super::guest::Guest;
 use super::target::{Existing, Place, Target, existing, is_name, keeps};
 use super::{Entry, Kind, LIST, LOOK, Line, Meta, PIECE, STRANGER, State, is_carried, join, outside, translate};
-use crate::error::{Error, Result};
+use crate::error::{About, Error, Result};
 use crate::plan::Bounds;
 use crate::stage::Cancel;
 
 /// Brings the tmpfs mounts of the new container to the state of the image.
 pub fn rebuild(states: &[State], image: &Reader, init: Pid, bounds: &Bounds, cancel: &Cancel) -> Result<()> {
-    let guest = OnceCell::new();
+    let guest = OnceLock::new();
     for state in states {
         let target = Target::of(state, image, init, bounds, cancel)?;
-        let mut builder = Builder {
-            target: &target,
-            join: &|| {
-                guest.get_or_init(|| Guest::of(init));
-            },
-            here: None,
-            file: None,
-            buffer: vec![0; PIECE],
+        let join = || {
+            guest.get_or_init(|| Guest::of(init));
         };
-        target.each(&mut |line| builder.take(line))?;
-        builder.end_file()?;
-        builder.end_directory()?;
+        let first = |map: &[(u32, u32, u32)]| map.first().map_or(0, |(_, outside, _)| *outside);
+        let (uid, gid) = (first(&target.maps.uids), first(&target.maps.gids));
+        tree::as_owner(uid, gid, || target.fill(&join)).about(1, &state.point)??;
     }
     Ok(())
 }
@@ -188,6 +182,19 @@ impl Builder<'_> {
 }
 
 impl Target<'_> {
+    fn fill(&self, join: &dyn Fn()) -> Result<()> {
+        let mut builder = Builder {
+            target: self,
+            join,
+            here: None,
+            file: None,
+            buffer: vec![0; PIECE],
+        };
+        self.each(&mut |line| builder.take(line))?;
+        builder.end_file()?;
+        builder.end_directory()
+    }
+
     /// Gives an open file all of it. Times come last, and permissions after the owner, whose change takes bits away.
     fn dress(&self, path: &[u8], file: &impl AsFd, meta: &Meta) -> Result<()> {
         let (uid, gid) = self.owner(meta);

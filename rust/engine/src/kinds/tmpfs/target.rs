@@ -288,9 +288,13 @@ impl<'a> Target<'a> {
         Ok(())
     }
 
-    /// User and group as we see them.
+    /// User and group as we see them. An owner without an id in the container stays without one.
     pub(super) fn owner(&self, meta: &Meta) -> (u32, u32) {
-        (outside(&self.maps.uids, meta.uid), outside(&self.maps.gids, meta.gid))
+        let of = |map: &[_], id| match id {
+            STRANGER if inside(map, 0) == STRANGER => 0,
+            id => outside(map, id),
+        };
+        (of(&self.maps.uids, meta.uid), of(&self.maps.gids, meta.gid))
     }
 }
 
