@@ -155,7 +155,7 @@ def test_redis_while_a_bgsave_child_exists(stage: Callable[[str], Stage], tmp: P
     again.verify()
     procs.wait_until("the child to end", lambda: not again.saving(), 60)
     assert "rdb_last_bgsave_status:ok" in again.ask("INFO", "persistence").decode()
-    assert (again.bundle / "rootfs" / "wl" / "dump.rdb").stat().st_size > 10_000_000
+    assert (again.bundle / "rootfs" / "wl" / "dump.rdb").stat().st_size > 1_000_000
     again._settled()
     again.verify()
 
