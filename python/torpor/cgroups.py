@@ -234,6 +234,8 @@ def _cpu_stats(cgroup: Cgroup) -> dict[str, Any]:
         usage = {
             "total": cgroup.number("cpuacct.usage"),
             "percpu": [int(word) for word in cgroup.read("cpuacct.usage_percpu").split()],
+            "percpu_kernel": [int(word) for word in cgroup.read("cpuacct.usage_percpu_sys").split()],
+            "percpu_user": [int(word) for word in cgroup.read("cpuacct.usage_percpu_user").split()],
             "kernel": ticks.get("system", 0) * tick,
             "user": ticks.get("user", 0) * tick,
         }

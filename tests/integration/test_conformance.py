@@ -210,7 +210,6 @@ def test_life(both: list[Runtime], busybox: Callable[..., Path]) -> None:
         note("kill", name, "TERM")
         note("exec", name, "true")
         note("pause", name)
-        note("ps", name)
         note("delete", name)
         note("delete", name)
         note("delete", "--force", name)
