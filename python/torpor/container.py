@@ -314,8 +314,11 @@ class Container:
 
         freezer.set_frozen(pid, frozen)
 
-    def checkpoint(self, image_path: str, leave_running: bool = False) -> Checkpoint:
+    def checkpoint(self, image_path: str, leave_running: bool = False, capture: str = "") -> Checkpoint:
         """Write the container into `image_path`/checkpoint.img and stop it, or with `leave_running` let it go on.
+
+        `capture` says how memory is read of a container that goes on: "background" (the default: from a copy-on-write
+        twin, while it runs) or "stop" (while it stands still; needs no memory for the twin).
 
         The directory is made when it is missing. Whatever goes wrong, the container runs on as before and no file is
         left.
@@ -341,6 +344,7 @@ class Container:
                 "pid": state.pid,
                 "image_path": os.path.abspath(image_path),
                 "leave_running": leave_running,
+                "capture": capture or None,
                 "spec": self.spec(),
                 "container": {"id": self.id, "flags": state.flags},
             }

@@ -1,6 +1,7 @@
 """The pager of a container that was restored with `background`: who it is, whether it still works, how it went.
 
-The engine's pager writes its report when it is done; which process it is we note ourselves, in the container's directory.
+The engine's pager writes its report when it is done; which process it is we note ourselves, in the container's
+directory.
 """
 
 from __future__ import annotations

@@ -101,6 +101,16 @@ def test_background_capture_leaves_no_trace(name: str, stage: Callable[[str], St
     assert len(zombies) == expected, f"a twin was left: {zombies}"
 
 
+def test_capture_stop_reads_while_the_container_stands_still(stage: Callable[[str], Stage], tmp: Path) -> None:
+    play = stage("paging")
+    c = play.start()
+    c.checkpoint(tmp / "image", "--leave-running", "--capture=stop")
+    c.verify()
+    again = play.successor(c)
+    again.restore_from(tmp / "image")
+    again.verify()
+
+
 def test_images_taken_while_memory_is_written_are_of_one_instant(stage: Callable[[str], Stage], tmp: Path) -> None:
     """A busy program's threads compute all the time; what is restored goes on without a wrong result."""
     play = stage("busy")

@@ -31,6 +31,7 @@ _REFUSED: Refused = (
 FLAGS = (
     Flag("image-path", TEXT, "directory to write the image to"),
     Flag("leave-running", BOOL, "let the container go on afterwards"),
+    Flag("capture", TEXT, "how --leave-running reads memory", default="background", choices=("background", "stop")),
     Flag("work-path", TEXT, "directory for dump.log"),
     Flag("compression", TEXT, "none", default="none"),
     # Each of these permits something. What cannot be carried is refused by name, with or without them.
@@ -75,7 +76,9 @@ def execute(config: Config, flags: Parsed) -> int:
         path = os.path.abspath(image)
         old = flags.text("work-path") and os.path.isfile(os.path.join(path, "checkpoint.img"))
         saved = found.checkpoint(
-            os.path.join(path, f".torpor-{os.getpid()}") if old else path, leave_running=flags.on("leave-running")
+            os.path.join(path, f".torpor-{os.getpid()}") if old else path,
+            leave_running=flags.on("leave-running"),
+            capture=flags.text("capture"),
         )
         if old:
             _replace(saved.path, path)
