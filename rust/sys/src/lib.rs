@@ -5,9 +5,11 @@
 
 pub mod cgroup;
 pub mod error;
+pub mod event;
 pub mod fd;
 pub mod fork;
 pub mod kcmp;
+pub mod lock;
 pub mod mem;
 pub mod namespace;
 pub mod pagemap;
