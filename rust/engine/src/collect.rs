@@ -16,7 +16,8 @@ use torpor_sys::{Pid, kcmp};
 use crate::error::{About, Error, Result};
 use crate::freeze::{Frozen, FrozenProcess};
 use crate::kinds::{
-    console, cpu, creds, files, fs, ipc, memory, mounts, paths, seccomp, settings, signals, timers, tmpfs, vdso,
+    console, cpu, creds, files, fs, ipc, memory, mounts, paths, posix_timers, seccomp, settings, signals, tasks,
+    timers, tmpfs, vdso,
 };
 use crate::model::{Body, Inventory, Process, Thread};
 
@@ -97,23 +98,27 @@ pub fn collect(frozen: &Frozen, blob: &mut dyn FnMut(&[u8]) -> Result<BlobRef>) 
     };
     let mut survey = files::Survey::default();
     let mut fd_tables = Vec::new();
-    let mut sources = Vec::new();
+    // All before the first file is opened for a look: a program that watches it would have an event to read.
     for process in &members {
+        fd_tables.push((process.pid, survey.add_process(process.pid)?));
+    }
+    let mut sources = Vec::new();
+    for (process, (_, fds)) in members.iter().zip(&fd_tables) {
         let subject = Subject::of(process)?;
         check_namespaces(process.pid, init)?;
         if process.pid == init {
             inventory.vdso = vdso::collect(&subject.memory, &subject.vmas)?;
         }
-        let fds = survey.add_process(process.pid)?;
         let mut ctx = Context {
             frozen,
             maps: &maps,
             tables: &mut tables,
             filters: &mut inventory.objects.seccomp,
+            warnings: &mut inventory.warnings,
             blob,
         };
-        let body = subject.body(fds.clone(), &mut ctx)?;
-        fd_tables.push((process.pid, fds));
+        let mut body = subject.body(fds.clone(), &mut ctx)?;
+        body.locks = survey.locks(process.pid);
         sources.push(Source {
             pid: process.pid,
             index: inventory.processes.len(),
@@ -121,8 +126,10 @@ pub fn collect(frozen: &Frozen, blob: &mut dyn FnMut(&[u8]) -> Result<BlobRef>) 
         inventory.processes.push(subject.process(&names, Some(body))?);
         zombies(process.pid, &names, &mut inventory.processes)?;
     }
+    let tasks = tasks::Tasks::of(members.iter().map(|m| m.pid));
     let mut naming = files::Naming {
         init,
+        tasks: &tasks,
         tables: &mut tables,
         pipes: Vec::new(),
         console: None,
@@ -260,6 +267,7 @@ struct Context<'a, 'v> {
     maps: &'a creds::IdMaps,
     tables: &'a mut memory::Tables<'v>,
     filters: &'a mut Vec<seccomp::State>,
+    warnings: &'a mut Vec<String>,
     blob: &'a mut dyn FnMut(&[u8]) -> Result<BlobRef>,
 }
 
@@ -330,16 +338,22 @@ impl<'f> Subject<'f> {
         let door = Door::find(host, &self.memory, &self.vmas, TABLE).about(pid, "visit")?;
         let answers = self.ask_all(&before, &door, ctx);
         let closed = door.close().about(pid, "visit");
-        let (threads, answers) = answers?;
+        let (mut threads, answers) = answers?;
         closed?;
-        let (signals, settings, timers, brk) = answers;
+        let (mut signals, settings, timers, mut posix_timers, brk) = answers;
+        posix_timers::take_pending(&mut posix_timers, &mut signals.pending);
+        for thread in &mut threads {
+            posix_timers::take_pending(&mut posix_timers, &mut thread.signals.pending);
+        }
         Ok(Body {
             threads,
             memory: memory::collect(pid, &self.vmas, &self.stat, brk, ctx.tables)?,
             fds,
-            fs: fs::collect(pid, &self.status)?,
+            fs: fs::collect(pid, &self.status, ctx.maps)?,
             signals,
             timers,
+            posix_timers,
+            locks: Vec::new(),
             settings,
         })
     }
@@ -362,7 +376,13 @@ impl<'f> Subject<'f> {
         ctx: &mut Context<'_, '_>,
     ) -> Result<(
         Vec<Thread>,
-        (signals::ProcessState, settings::ProcessState, timers::State, u64),
+        (
+            signals::ProcessState,
+            settings::ProcessState,
+            timers::State,
+            Vec<posix_timers::State>,
+            u64,
+        ),
     )> {
         let pid = self.frozen.pid;
         let mut threads = Vec::new();
@@ -373,12 +393,20 @@ impl<'f> Subject<'f> {
             let inner = last(&thread.status.ns_pids);
             let mut visit = door.enter(thread.tid, inner).about(thread.tid, "visit")?;
             let results = visit.run(&batch).about(thread.tid, "visit")?;
+            let posix_timers = match asked.process {
+                None => Vec::new(),
+                Some(_) => {
+                    let mut run = |batch: &Batch| visit.run(batch).about(pid, "POSIX timers");
+                    posix_timers::collect(pid, self.status.cap_effective, &mut run, ctx.warnings)?
+                }
+            };
             visit.leave().about(thread.tid, "visit")?;
             if let Some((signals, settings, timers, brk)) = asked.process {
                 of_process = Some((
                     signals::answer_process(pid, signals, &results)?,
                     settings::answer_process(pid, &settings, &results)?,
                     timers::answer(timers, &results),
+                    posix_timers,
                     results.raw(brk) as u64,
                 ));
             }
@@ -401,7 +429,7 @@ impl<'f> Subject<'f> {
         let process = if is_leader {
             let signals = signals::ask_process(batch, &self.status);
             let settings = settings::ask_process(batch);
-            let timers = timers::ask(batch, self.frozen.pid)?;
+            let timers = timers::ask(batch);
             let brk = batch.must("brk", libc::SYS_brk, [0.into()]);
             Some((signals, settings, timers, brk))
         } else {

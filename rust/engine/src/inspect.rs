@@ -125,6 +125,10 @@ fn name(object: &Object, inventory: &Inventory) -> String {
         }
         Object::Eventfd(state) => format!("eventfd, count {}", state.count),
         Object::Epoll(state) => format!("epoll, {} watched", state.watches.len()),
+        Object::Timerfd(_) => "timerfd".into(),
+        Object::Signalfd(_) => "signalfd".into(),
+        Object::Inotify(state) => format!("inotify, {} watched", state.watches.len()),
+        Object::Pidfd(state) => format!("pidfd of {}", state.pid),
         Object::Unix(_) => "unix socket".into(),
         Object::Inet(_) => "internet socket".into(),
     }

@@ -68,6 +68,12 @@ pub struct Body {
     pub signals: kinds::signals::ProcessState,
     /// Interval timers.
     pub timers: kinds::timers::State,
+    /// Timers made by timer_create(2).
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub posix_timers: Vec<kinds::posix_timers::State>,
+    /// File locks that belong to the process.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub locks: Vec<kinds::locks::Posix>,
     /// Limits and other settings of the process.
     pub settings: kinds::settings::ProcessState,
 }

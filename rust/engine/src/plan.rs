@@ -8,7 +8,8 @@ use torpor_sys::mem::Memory;
 use torpor_sys::proc::{self, Limits};
 
 use crate::error::{About, Error, Result};
-use crate::kinds::{creds, mounts, settings, vdso};
+use crate::kinds::files::Object;
+use crate::kinds::{creds, mounts, settings, timerfd, vdso};
 use crate::model::{Body, Inventory, Process};
 
 /// What the new container's spec grants at most.
@@ -118,6 +119,11 @@ pub fn plan(inventory: &Inventory, init: Pid, bounds: &Bounds) -> Result<()> {
         if let Some(body) = &process.body {
             vdso::plan_parts(process.pid, &inventory.vdso, &body.memory.kernel)?;
             living(process, body, bounds, &limits)?;
+        }
+    }
+    for description in &inventory.descriptions {
+        if let Object::Timerfd(state) = &description.object {
+            timerfd::plan(state, bounds)?;
         }
     }
     let inner = proc::status(init).about(init, "status")?.ns_pids.last().copied();

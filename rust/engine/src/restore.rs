@@ -8,7 +8,7 @@ use torpor_image::Reader;
 use torpor_sys::fork;
 use torpor_sys::ptrace::{self, Options};
 
-use crate::build::{self, Objects, Skeleton};
+use crate::build::{self, Late, Objects, Skeleton};
 use crate::error::{About, Result};
 use crate::fill;
 use crate::kinds::memory::Area;
@@ -141,10 +141,13 @@ fn resume(
     for (state, file) in inventory.objects.shared.iter().zip(&objects.shared) {
         shared::rebuild_seals(state, file)?;
     }
+    let late = Late::keep(inventory, &objects)?;
     drop(objects);
+    late.watch(&skeleton)?;
     for process in &inventory.processes {
         skeleton.dress_threads(process, inventory)?;
     }
+    late.start(&skeleton, inventory)?;
     for process in &inventory.processes {
         skeleton.arm(process, image)?;
     }

@@ -5,6 +5,7 @@
 //! mappings and settings. All of it carries PTRACE_O_EXITKILL: half a container never outlives its tracer.
 
 mod descriptors;
+mod late;
 mod missing;
 mod objects;
 mod process;
@@ -28,6 +29,7 @@ use crate::model::Inventory;
 use crate::plan::Bounds;
 use crate::stage::Cancel;
 
+pub use late::Late;
 pub use objects::Objects;
 
 const TABLE: u64 = 512 * 1024;

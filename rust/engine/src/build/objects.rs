@@ -13,7 +13,9 @@ use super::Skeleton;
 use crate::capture::SHARED;
 use crate::error::{About, Error, Result};
 use crate::kinds::files::{Description, Object, PathState};
-use crate::kinds::{console, epoll, eventfd, files, inet, pipe, shared, unix};
+use crate::kinds::{
+    console, epoll, eventfd, files, inet, locks, pidfd as pidfds, pipe, shared, signalfd, timerfd, unix,
+};
 use crate::model::Inventory;
 use crate::stage::Cancel;
 
@@ -122,6 +124,16 @@ fn descriptions(
             }
             Object::Eventfd(state) => eventfd::rebuild(state)?,
             Object::Epoll(_) => fd::epoll().about(1, "epoll")?,
+            Object::Timerfd(state) => timerfd::rebuild(state)?,
+            Object::Signalfd(state) => signalfd::rebuild(state)?,
+            Object::Inotify(_) => {
+                skeleton.made_inside("inotify_init1", libc::SYS_inotify_init1, libc::IN_CLOEXEC, 0)?
+            }
+            Object::Pidfd(state) => {
+                let (pid, flags) = pidfds::arguments(state);
+                let what = format!("pidfd_open of process {pid}");
+                skeleton.made_inside(&what, libc::SYS_pidfd_open, pid, flags)?
+            }
             Object::Unix(_) => sockets
                 .unix
                 .next()
@@ -132,6 +144,7 @@ fn descriptions(
                 .ok_or_else(|| Error::nonsense("a socket is missing"))?,
         };
         set_flags(&fd, description)?;
+        locks::rebuild(&fd, &description.locks, description.object.name())?;
         all.push(fd);
     }
     if let (Some(state), Some(Some(terminal))) = (&inventory.console, skeleton.stdio.first()) {
@@ -307,6 +320,14 @@ impl Skeleton {
         let call = batch.must(what, libc::SYS_openat, args);
         let mut fds = self.pull(&batch, &[call])?;
         fds.pop().ok_or_else(|| Error::nonsense("a file was not opened"))
+    }
+
+    /// A call in init that gives a descriptor.
+    fn made_inside(&self, what: &str, nr: i64, first: i32, second: i32) -> Result<OwnedFd> {
+        let mut batch = Batch::new();
+        let call = batch.must(what, nr, [first.into(), second.into()]);
+        let mut fds = self.pull(&batch, &[call])?;
+        fds.pop().ok_or_else(|| Error::nonsense("a descriptor was not made"))
     }
 
     /// Runs calls in init that give descriptors, takes those over and closes them there.

@@ -2,7 +2,7 @@
 
 use std::os::fd::OwnedFd;
 
-use torpor_sys::remote::{Arg, Batch};
+use torpor_sys::remote::{Arg, Batch, Results};
 
 use super::Skeleton;
 use super::objects::{Objects, epoll_of};
@@ -73,7 +73,11 @@ impl Skeleton {
     }
 
     fn run(&self, pid: i32, batch: &Batch, what: &str) -> Result<()> {
-        self.site(pid)?.run(batch).about(pid, what).map(drop)
+        self.results(pid, batch, what).map(drop)
+    }
+
+    pub(super) fn results(&self, pid: i32, batch: &Batch, what: &str) -> Result<Results> {
+        self.site(pid)?.run(batch).about(pid, what)
     }
 
     /// Gives a process whose memory is filled all that its threads share.
@@ -87,6 +91,7 @@ impl Skeleton {
         }
         settings::rebuild_process(&mut batch, &body.settings);
         signals::rebuild_actions(&mut batch, &body.signals);
+        fs::rebuild_removed(pid, &body.fs, &|batch| self.results(pid, batch, "working directory"))?;
         fs::rebuild(&mut batch, &body.fs);
         self.run(pid, &batch, "settings")?;
         self.descriptors(process, body, inventory, objects)

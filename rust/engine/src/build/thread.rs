@@ -7,7 +7,7 @@ use torpor_sys::{Pid, ptrace};
 
 use super::{LIMIT, Skeleton};
 use crate::error::{About, Error, Result};
-use crate::kinds::{cpu, creds, seccomp, settings, signals, timers};
+use crate::kinds::{cpu, creds, posix_timers, seccomp, settings, signals};
 use crate::model::{Body, Inventory, Process, Thread};
 
 /// Credentials are set with what the blank process has; this is how much that is.
@@ -45,13 +45,15 @@ impl Skeleton {
         let mut batch = Batch::new();
         settings::rebuild_limits(&mut batch, &body.settings);
         self.site(process.pid)?.run(&batch).about(process.pid, "limits")?;
+        // Before credentials and for good: closing any descriptor of a file would give its locks up.
+        self.lock(process.pid, body)?;
         for (thread, (_, site)) in body.threads.iter().zip(self.sites_of(process.pid)?) {
-            self.last(body, thread, site)?;
+            self.last(inventory, body, thread, site)?;
         }
         Ok(())
     }
 
-    fn last(&self, body: &Body, thread: &Thread, site: &Site) -> Result<()> {
+    fn last(&self, inventory: &Inventory, body: &Body, thread: &Thread, site: &Site) -> Result<()> {
         let tid = thread.tid;
         let is_leader = body.threads.first().is_some_and(|t| t.tid == tid);
         let leader = body.threads.first().map_or(tid, |t| t.tid);
@@ -61,9 +63,14 @@ impl Skeleton {
         let shared: &[signals::Info] = if is_leader { &body.signals.pending } else { &[] };
         signals::rebuild_pending(&mut batch, leader, tid, shared, &thread.signals.pending);
         if is_leader {
-            timers::rebuild(&mut batch, &body.timers);
+            self.relate(leader, inventory, &mut batch);
         }
-        site.run(&batch).about(tid, "credentials").map(drop)
+        site.run(&batch).about(tid, "credentials")?;
+        if is_leader {
+            let run = |batch: &Batch| site.run(batch).about(tid, "POSIX timers");
+            posix_timers::rebuild(tid, &body.posix_timers, &run)?;
+        }
+        Ok(())
     }
 
     /// Removes the stub and gives every thread its registers: it could run now.

@@ -33,6 +33,13 @@ pub struct IdMaps {
     pub gids: Vec<(u32, u32, u32)>,
 }
 
+impl IdMaps {
+    /// A user and a group as the container numbers them.
+    pub fn inner(&self, uid: u32, gid: u32) -> (u32, u32) {
+        (inside(&self.uids, uid), inside(&self.gids, gid))
+    }
+}
+
 fn inside(map: &[(u32, u32, u32)], id: u32) -> u32 {
     let find = |&&(_, outside, count): &&(u32, u32, u32)| id.wrapping_sub(outside) < count;
     map.iter()

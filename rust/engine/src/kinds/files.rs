@@ -10,7 +10,11 @@ use torpor_sys::kcmp;
 use torpor_sys::proc::{self, FdInfo};
 use torpor_sys::{Pid, pidfd};
 
-use super::{console, epoll, eventfd, inet, memory, pipe, unix};
+use super::tasks::Tasks;
+use super::{
+    console, epoll, eventfd, inet, inotify, listener, locks, memory, owner, pidfd as pidfds, pipe, signalfd, timerfd,
+    unix,
+};
 use crate::error::{About, Error, Result};
 
 /// One entry of a descriptor table.
@@ -31,6 +35,15 @@ pub struct Description {
     pub flags: i32,
     /// File position.
     pub pos: i64,
+    /// Locks that belong to it.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub locks: Vec<locks::Lock>,
+    /// Who is told by a signal that it is ready.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub told: Option<owner::State>,
+    /// Who listens on it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub listener: Option<listener::State>,
     /// What is open.
     #[serde(flatten)]
     pub object: Object,
@@ -61,10 +74,29 @@ pub enum Object {
     Eventfd(eventfd::State),
     /// An epoll instance.
     Epoll(epoll::State),
+    /// A timer.
+    Timerfd(timerfd::State),
+    /// Signals to read.
+    Signalfd(signalfd::State),
+    /// File events to read.
+    Inotify(inotify::State),
+    /// A process.
+    Pidfd(pidfds::State),
     /// A unix socket.
     Unix(Box<unix::State>),
     /// A TCP or UDP socket.
     Inet(Box<inet::State>),
+}
+
+impl Object {
+    /// A word or path for people.
+    pub fn name(&self) -> &str {
+        match self {
+            Object::Path(state) => &state.path,
+            Object::Shared { .. } => "file without a name",
+            _ => "descriptor",
+        }
+    }
 }
 
 /// A file with a name.
@@ -89,6 +121,9 @@ struct Found {
     link: String,
     id: FileId,
     fd: OwnedFd,
+    locks: Vec<locks::Lock>,
+    /// Bytes of events that wait in an inotify instance.
+    events: i32,
 }
 
 /// All descriptions of a container, found once each.
@@ -96,6 +131,7 @@ struct Found {
 pub struct Survey {
     found: Vec<Found>,
     by_key: BTreeMap<(u64, u64, i32, i64), Vec<usize>>,
+    locks: BTreeMap<Pid, Vec<locks::Posix>>,
 }
 
 impl Survey {
@@ -108,7 +144,12 @@ impl Survey {
             let info = proc::fdinfo(pid, number).about(pid, object())?;
             let cloexec = info.flags & libc::O_CLOEXEC != 0;
             let fd = pidfd::get_fd(&process, number).about(pid, object())?;
-            let description = self.add(pid, number, info, fd)?;
+            let (held, posix) = locks::collect(pid, number, &info)?;
+            let description = self.add(pid, number, info, fd, held)?;
+            // Each descriptor of a description shows the same locks.
+            if !table.iter().any(|d: &Descriptor| d.description == description) {
+                self.locks.entry(pid).or_default().extend(posix);
+            }
             table.push(Descriptor {
                 fd: number,
                 cloexec,
@@ -119,7 +160,7 @@ impl Survey {
     }
 
     /// Descriptions are the same when kcmp(2) says so; only those that look alike are compared.
-    fn add(&mut self, pid: Pid, number: i32, mut info: FdInfo, fd: OwnedFd) -> Result<usize> {
+    fn add(&mut self, pid: Pid, number: i32, mut info: FdInfo, fd: OwnedFd, locks: Vec<locks::Lock>) -> Result<usize> {
         let object = || format!("fd {number}");
         info.flags &= !libc::O_CLOEXEC;
         let id = fd::stat(&fd).about(pid, object())?;
@@ -132,6 +173,7 @@ impl Survey {
             }
         }
         let link = proc::link(&format!("/proc/{pid}/fd/{number}")).about(pid, object())?;
+        let events = inotify::queued(&link, &fd).about(pid, object())?;
         self.found.push(Found {
             holder: pid,
             number,
@@ -139,9 +181,16 @@ impl Survey {
             link,
             id,
             fd,
+            locks,
+            events,
         });
         self.by_key.entry(key).or_default().push(self.found.len() - 1);
         Ok(self.found.len() - 1)
+    }
+
+    /// The locks that a process itself holds.
+    pub fn locks(&mut self, pid: Pid) -> Vec<locks::Posix> {
+        self.locks.remove(&pid).unwrap_or_default()
     }
 
     fn sockets(&self) -> std::collections::BTreeSet<u64> {
@@ -158,6 +207,8 @@ impl Survey {
 pub struct Naming<'a, 'v> {
     /// The container's init, in our pid namespace.
     pub init: Pid,
+    /// What is known of its tasks.
+    pub tasks: &'a Tasks,
     /// Paths and shared objects.
     pub tables: &'a mut memory::Tables<'v>,
     /// Pipes found so far.
@@ -185,7 +236,6 @@ pub fn collect(
     let mut all = Vec::new();
     for index in 0..survey.found.len() {
         let found = &survey.found[index];
-        check_common(found)?;
         let object = match outside(survey, found, naming)? {
             true => None,
             false => object(survey, tables, found, unix.as_ref(), &sockets, naming)?,
@@ -194,13 +244,49 @@ pub fn collect(
             Some(object) => object,
             None => stdio(survey, tables, index)?.ok_or_else(|| leads_out(found))?,
         };
-        all.push(Description {
+        let mut description = Description {
             flags: found.info.flags,
             pos: found.info.pos,
+            locks: found.locks.clone(),
+            told: None,
+            listener: None,
             object,
-        });
+        };
+        match description.object {
+            Object::Stdio { .. } => check_standard(found)?,
+            _ => relations(found, &holders(tables, index), &mut description, naming)?,
+        }
+        all.push(description);
     }
     Ok(all)
+}
+
+/// All who have a description, each once.
+fn holders(tables: &[(Pid, Vec<Descriptor>)], index: usize) -> Vec<(Pid, i32)> {
+    tables
+        .iter()
+        .filter_map(|(pid, table)| Some((*pid, table.iter().find(|d| d.description == index)?.fd)))
+        .collect()
+}
+
+/// What ties a description to processes.
+fn relations(
+    found: &Found,
+    holders: &[(Pid, i32)],
+    description: &mut Description,
+    naming: &mut Naming<'_, '_>,
+) -> Result<()> {
+    let (owner, differs) = owner::collect(&found.fd, found.info.flags, holders, naming.tasks)?;
+    description.told = owner;
+    naming.warnings.extend(differs);
+    if let Object::Unix(state) = &description.object
+        && let Some(backlog) = state.backlog
+    {
+        let (listener, differs) = listener::collect(&found.fd, backlog, holders, |pid| naming.tasks.inner(pid))?;
+        description.listener = listener;
+        naming.warnings.extend(differs);
+    }
+    Ok(())
 }
 
 fn leads_out(found: &Found) -> Error {
@@ -213,16 +299,18 @@ fn leads_out(found: &Found) -> Error {
     )
 }
 
-fn check_common(found: &Found) -> Result<()> {
+/// # Errors
+/// Refused: what a restore cannot ask of a stream that will be another one.
+fn check_standard(found: &Found) -> Result<()> {
     let refuse = |why: &str| {
         let object = format!("fd {} ({})", found.number, found.link);
         Err(Error::unsupported(found.holder, object, why, ""))
     };
     if found.info.lines.iter().any(|l| l.starts_with("lock:")) {
-        return refuse("file locks are not carried yet");
+        return refuse("it is a standard stream from outside of the container, with a lock");
     }
     if found.info.flags & libc::O_ASYNC != 0 {
-        return refuse("signal-driven I/O (O_ASYNC) is not carried yet");
+        return refuse("it is a standard stream from outside of the container, with signal-driven I/O (O_ASYNC)");
     }
     Ok(())
 }
@@ -318,6 +406,23 @@ fn object(
         libc::S_IFSOCK => socket(found, unix, sockets, naming),
         _ if found.link == "anon_inode:[eventfd]" => {
             Ok(Some(Object::Eventfd(eventfd::collect(pid, number, &found.info)?)))
+        }
+        _ if found.link == "anon_inode:[timerfd]" => Ok(Some(Object::Timerfd(timerfd::collect(
+            pid,
+            number,
+            &found.info,
+            &found.fd,
+        )?))),
+        _ if found.link == "anon_inode:[signalfd]" => {
+            Ok(Some(Object::Signalfd(signalfd::collect(pid, number, &found.info)?)))
+        }
+        _ if found.link == "anon_inode:inotify" => {
+            let state = inotify::collect(pid, number, &found.info, found.events, naming.init)?;
+            Ok(Some(Object::Inotify(state)))
+        }
+        _ if found.link == "anon_inode:[pidfd]" => {
+            let state = pidfds::collect(pid, number, &found.info, naming.tasks)?;
+            Ok(Some(Object::Pidfd(state)))
         }
         _ if found.link == "anon_inode:[eventpoll]" => {
             let has = |fd: i32, ino: u64| {
