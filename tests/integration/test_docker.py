@@ -202,7 +202,7 @@ def test_checkpoint_and_start_again_and_again(docker: Docker) -> None:
     for n in range(3):
         docker.checkpoint("cc", f"cp{n}")
         assert docker.inspect("cc", "State.Status") == "exited" and docker.inspect("cc", "State.ExitCode") == 0
-        docker("start", "--checkpoint", f"cp{n}", "cc")
+        docker.wake(f"cp{n}", "cc")
         hostname, now, *_ = docker.wait_fetch("http://127.0.0.1:8082/")
         assert hostname == docker.inspect("cc", "Config.Hostname")
         assert int(now) >= count
@@ -213,7 +213,7 @@ def test_checkpoint_and_start_again_and_again(docker: Docker) -> None:
     assert docker("checkpoint", "ls", "cc").split()[2:] == ["cp0", "cp2"]
     # an older one, a second time
     docker("stop", "-t", "5", "cc")
-    docker("start", "--checkpoint", "cp0", "cc")
+    docker.wake("cp0", "cc")
     assert int(docker.wait_fetch("http://127.0.0.1:8082/")[1]) < count + 100
 
 
@@ -240,7 +240,7 @@ while :; do sleep 0.1; done
     docker(*RUN, "-d", "--name", "cc", "--tmpfs", "/scratch", "-v", "/vol", "box", "sh", "-c", script)
     time.sleep(0.5)
     docker.checkpoint("cc", "cp")
-    docker("start", "--checkpoint", "cp", "cc")
+    docker.wake("cp", "cc")
     docker("stop", "-t", "5", "cc")
     name = docker.inspect("cc", "Config.Hostname")
     assert docker("logs", "cc").split() == ["in-memory", "scratch", "volume", name, name]
@@ -252,7 +252,7 @@ def test_a_terminal_is_carried(docker: Docker) -> None:
     )
     docker.wait_log("cc", 6)
     docker.checkpoint("cc", "cp")
-    docker("start", "--checkpoint", "cp", "cc")
+    docker.wake("cp", "cc")
     lines = len(docker("logs", "cc").split("\n"))
     procs.wait_until("more lines", lambda: len(docker("logs", "cc").split("\n")) > lines + 3)
     last = docker("logs", "cc").split("\n")[-1].split()
@@ -269,7 +269,7 @@ def test_exec_sessions_are_not_saved_and_that_is_said(docker: Docker) -> None:
     said = [json.loads(line) for line in log.read_text().splitlines()]
     assert any("(sleep) was started by exec and is not saved" in entry["msg"] for entry in said), said
     docker("stop", "-t", "5", "cc")
-    docker("start", "--checkpoint", "cp", "cc")
+    docker.wake("cp", "cc")
     assert "sleep 1000" not in docker("top", "cc")
 
 
@@ -331,7 +331,7 @@ def test_started_a_second_time(warm: Docker) -> None:
         assert int(docker.wait_fetch(f"http://{docker.inspect('cc', 'NetworkSettings.IPAddress')}/")[1]) > 5
     # and one that woke up can be put to sleep again
     docker.checkpoint("cc", "cp")
-    docker("start", "--checkpoint", "cp", "cc")
+    docker.wake("cp", "cc")
     assert int(docker.wait_fetch(f"http://{docker.inspect('cc', 'NetworkSettings.IPAddress')}/")[1]) > 5
 
 

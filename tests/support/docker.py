@@ -78,14 +78,21 @@ class Docker(daemons.Daemon):
     def checkpoint(self, *args: str) -> None:
         """docker checkpoint create. Two of one container within a moment collide in containerd's content store (moby#42900)."""
 
+        self._try_again("checkpoint", "create", *args)
+
+    def wake(self, checkpoint: str, name: str) -> None:
+        """docker start --checkpoint, which suffers from the same."""
+        self._try_again("start", "--checkpoint", checkpoint, name)
+
+    def _try_again(self, *args: str) -> None:
         def attempt() -> bool:
-            done = self.run([CLIENT, "checkpoint", "create", *args], check=False)
+            done = self.run([CLIENT, *args], check=False)
             if done.returncode == 0:
                 return True
-            assert "already exists" in done.stderr and "sha256" in done.stderr, done
+            assert "sha256" in done.stderr and ("already exists" in done.stderr or "not found" in done.stderr), done
             return False
 
-        procs.wait_until(f"docker checkpoint create {' '.join(args)}", attempt)
+        procs.wait_until(f"docker {' '.join(args)}", attempt)
 
     def clean_up(self) -> None:
         names = self("ps", "-aq").split()
