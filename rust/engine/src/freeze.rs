@@ -217,7 +217,7 @@ impl Frozen {
                     signal,
                     event: ptrace::EVENT_STOP,
                 } => {
-                    if signal != libc_sigtrap() {
+                    if signal != libc::SIGTRAP {
                         self.stopped.insert(tid);
                     }
                     if cpu::rewind_unnoticed(tid)? {
@@ -346,10 +346,6 @@ fn is_ending(tid: Pid) -> bool {
 
 fn is_in_signal_stop(tid: Pid) -> bool {
     std::fs::read_to_string(format!("/proc/{tid}/wchan")).is_ok_and(|w| w == "do_signal_stop")
-}
-
-fn libc_sigtrap() -> i32 {
-    5
 }
 
 /// The status of a container that was put to sleep is 0, as with runsc: it did not fail.

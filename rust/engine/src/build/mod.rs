@@ -19,7 +19,7 @@ use std::time::Duration;
 use torpor_image::Reader;
 use torpor_sys::ptrace::{self, Options};
 use torpor_sys::remote::site::{self, Place};
-use torpor_sys::remote::{Batch, Site};
+use torpor_sys::remote::{Arg, Batch, Site};
 use torpor_sys::wait::{self, Event};
 use torpor_sys::{PAGE_SIZE, Pid, fork, pidfd, proc};
 
@@ -204,8 +204,7 @@ impl Skeleton {
             libc::SYS_socketpair,
             [libc::AF_UNIX.into(), kind.into(), 0.into(), pair.into()],
         );
-        let ours = torpor_sys::remote::Arg::Word(pair);
-        let theirs = torpor_sys::remote::Arg::Word(pair.skip(4));
+        let theirs = Arg::Word(pair.skip(4));
         batch.must(
             "dup3",
             libc::SYS_dup3,
@@ -219,7 +218,6 @@ impl Skeleton {
         self.transport = Some(pidfd::get_fd(&pidfd, number).about(self.init, "transport")?);
         let mut batch = Batch::new();
         batch.must("close", libc::SYS_close, [number.into()]);
-        let _ = ours;
         self.root()?.run(&batch).about(self.init, "transport").map(drop)
     }
 

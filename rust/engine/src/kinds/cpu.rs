@@ -40,101 +40,21 @@ const RAX: usize = 10;
 const RIP: usize = 16;
 const ORIG_RAX: usize = 15;
 
-fn to_words(regs: &Regs) -> Vec<u64> {
-    vec![
-        regs.r15,
-        regs.r14,
-        regs.r13,
-        regs.r12,
-        regs.rbp,
-        regs.rbx,
-        regs.r11,
-        regs.r10,
-        regs.r9,
-        regs.r8,
-        regs.rax,
-        regs.rcx,
-        regs.rdx,
-        regs.rsi,
-        regs.rdi,
-        regs.orig_rax,
-        regs.rip,
-        regs.cs,
-        regs.eflags,
-        regs.rsp,
-        regs.ss,
-        regs.fs_base,
-        regs.gs_base,
-        regs.ds,
-        regs.es,
-        regs.fs,
-        regs.gs,
-    ]
+/// Both directions between registers and their numbers, from one list: the order is part of the image format.
+macro_rules! registers {
+    ($($name:ident)*) => {
+        fn to_words(regs: &Regs) -> Vec<u64> {
+            vec![$(regs.$name),*]
+        }
+
+        fn from_words(words: &[u64]) -> Option<Regs> {
+            let &[$($name),*] = words else { return None };
+            Some(Regs { $($name),* })
+        }
+    };
 }
 
-fn from_words(w: &[u64]) -> Option<Regs> {
-    let &[
-        r15,
-        r14,
-        r13,
-        r12,
-        rbp,
-        rbx,
-        r11,
-        r10,
-        r9,
-        r8,
-        rax,
-        rcx,
-        rdx,
-        rsi,
-        rdi,
-        orig_rax,
-        rip,
-        cs,
-        eflags,
-        rsp,
-        ss,
-        fs_base,
-        gs_base,
-        ds,
-        es,
-        fs,
-        gs,
-    ] = w
-    else {
-        return None;
-    };
-    Some(Regs {
-        r15,
-        r14,
-        r13,
-        r12,
-        rbp,
-        rbx,
-        r11,
-        r10,
-        r9,
-        r8,
-        rax,
-        rcx,
-        rdx,
-        rsi,
-        rdi,
-        orig_rax,
-        rip,
-        cs,
-        eflags,
-        rsp,
-        ss,
-        fs_base,
-        gs_base,
-        ds,
-        es,
-        fs,
-        gs,
-    })
-}
+registers!(r15 r14 r13 r12 rbp rbx r11 r10 r9 r8 rax rcx rdx rsi rdi orig_rax rip cs eflags rsp ss fs_base gs_base ds es fs gs);
 
 /// Registers of a stopped thread as they must be when it goes on. Anything run in the thread comes later.
 ///
