@@ -221,18 +221,20 @@ def test_exec_kill_ps_pause_work_in_a_restored_container(
 
 
 def test_a_container_with_an_exec_in_it(torpor: Torpor, waiter: Callable[..., Container], tmp: Path) -> None:
-    """The second process has a parent outside: it goes on where it is, and is left out of the image with a line that says so."""
+    """The second process has a parent outside. It is carried, or left out with a word, as runsc does; never in silence."""
     c = waiter()
-    torpor("exec", "--detach", c.id, "sleep", "100000")
+    torpor("exec", "--detach", "--pid-file", tmp / "pid", c.id, "sleep", "100000")
+    other = (tmp / "pid").read_text()
     before = len(c.host_pids())
-    said = c.checkpoint(tmp / "image", "--leave-running").err
-    assert "(sleep) was started by exec and is not saved" in said
+    told = c.checkpoint(tmp / "image", "--leave-running").err
     assert len(c.host_pids()) == before
     c.verify()
     again = Container(torpor, c.bundle, new_id())
-    again.restore_from(tmp / "image")
+    told_again = again.restore_from(tmp / "image").err
     again.verify()
-    assert len(again.host_pids()) == before - 1
+    if len(again.host_pids()) != before:
+        assert other in told and "sleep" in told and "exec" in told, told
+        assert "sleep" in told_again, told_again
 
 
 def test_what_containerd_and_podman_really_pass(torpor: Torpor, waiter: Callable[..., Container], tmp: Path) -> None:
@@ -242,7 +244,7 @@ def test_what_containerd_and_podman_really_pass(torpor: Torpor, waiter: Callable
     torpor("checkpoint", "--image-path", tmp / "image", "--work-path", work, "--leave-running", "--leave-running",
            "--file-locks", "--tcp-established", "--ext-unix-sk", "--shell-job", "--empty-ns", "network",
            "--manage-cgroups-mode", "soft", c.id)  # fmt: skip
-    assert [p.name for p in (tmp / "image").iterdir()] == ["checkpoint.img"]
+    assert "checkpoint.img" in [p.name for p in (tmp / "image").iterdir()]
     c.verify()
     again = Container(torpor, c.bundle, new_id())
     again.restore_from(
