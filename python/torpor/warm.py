@@ -24,13 +24,17 @@ ANNOTATION = "dev.torpor.restore"
 VARIABLE = "TORPOR_RESTORE"
 # Where the restored program finds the environment of the container it woke up in; its own is that of the image.
 DIRECTORY = "/run/torpor"
+# How containerd and CRI-O mark a pod's pause container, which gets the pod's annotations too and must start as ever.
+_KINDS = ("io.kubernetes.cri.container-type", "io.kubernetes.cri-o.ContainerType")
 
 
 def wanted(spec: Spec) -> str:
     """The NAME that a spec asks for, "" when it asks for none."""
-    annotated = (spec.get("annotations") or {}).get(ANNOTATION)
-    if annotated:
-        return str(annotated)
+    annotations = spec.get("annotations") or {}
+    if any(annotations.get(name) == "sandbox" for name in _KINDS):
+        return ""
+    if annotations.get(ANNOTATION):
+        return str(annotations[ANNOTATION])
     prefix = f"{VARIABLE}="
     found = [entry[len(prefix) :] for entry in spec["process"].get("env") or [] if entry.startswith(prefix)]
     return found[-1] if found else ""

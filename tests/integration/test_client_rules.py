@@ -338,3 +338,10 @@ def test_pidfd_socket(torpor: Torpor, busybox: Callable[..., Path], tmp: Path) -
     finally:
         os.close(fd)
     torpor.wait_status(name, "stopped")
+
+
+def test_annotations_for_checkpoints(torpor: Torpor, waiter: Callable[..., Container], tmp: Path) -> None:
+    c = waiter(annotations={"dev.torpor.checkpoint.compression": "zstd", "dev.torpor.checkpoint.tcp": "close"})
+    torpor.fails("checkpoint", "--image-path", tmp / "i", c.id, says="dev.torpor.checkpoint.compression=zstd")
+    done = c.checkpoint(tmp / "i", "--compression=none")
+    assert "annotation dev.torpor.checkpoint.tcp is not supported yet" in done.err

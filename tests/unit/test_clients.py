@@ -66,6 +66,10 @@ def test_what_a_spec_wants() -> None:
     assert warm.wanted(made) == "b", "the last one counts, as in a program"
     made["annotations"] = {"dev.torpor.restore": "c"}
     assert warm.wanted(made) == "c"
+    made["annotations"]["io.kubernetes.cri.container-type"] = "container"
+    assert warm.wanted(made) == "c"
+    made["annotations"]["io.kubernetes.cri.container-type"] = "sandbox"
+    assert warm.wanted(made) == "", "a pod's pause container"
 
 
 @pytest.mark.parametrize(

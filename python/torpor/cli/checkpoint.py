@@ -14,6 +14,7 @@ from .common import PERMISSION, Refused, check_refused, container, one_id, refus
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from torpor.config import Config
+    from torpor.container import Container
     from torpor.flags import Parsed
 
 USAGE = "--image-path DIR [flags] ID"
@@ -70,6 +71,7 @@ def execute(config: Config, flags: Parsed) -> int:
         raise UsageError("--compression is not supported yet: use none", code="bad-flag", object="--compression")
     check_empty_ns(flags)
     found = container(config, container_id)
+    _heed_annotations(found, flags)
     from torpor import criu
 
     with WorkLog(flags.text("work-path"), "dump.log") as work_log:
@@ -91,6 +93,22 @@ def execute(config: Config, flags: Parsed) -> int:
     for warning in saved.warnings:
         log.warning(warning)
     return 0
+
+
+_ANNOTATIONS = "dev.torpor.checkpoint."
+
+
+def _heed_annotations(found: Container, flags: Parsed) -> None:
+    """`dev.torpor.checkpoint.NAME=VALUE` in the spec is the default of --NAME, for clients that have no such flag."""
+    from torpor import log
+
+    for name, value in found.refresh().annotations.items():
+        if not name.startswith(_ANNOTATIONS):
+            continue
+        if name != f"{_ANNOTATIONS}compression":
+            log.warning(f"annotation {name} is not supported yet and has no effect")
+        elif "compression" not in flags.given and value != "none":
+            raise UsageError(f"annotation {name}={value} is not supported yet: use none", code="bad-flag", object=name)
 
 
 def _replace(new: str, path: str) -> None:
