@@ -177,7 +177,11 @@ def test_typed_errors(program: Program, tmp: Path, root: str) -> None:
 
 
 def test_a_refusal_names_process_and_object(root: str, tmp: Path) -> None:
-    code = "import ctypes, time; assert ctypes.CDLL(None).inotify_init1(0) >= 0; print('READY', flush=True); time.sleep(1e6)"
+    # a process that is gone has no id to be found by again
+    code = (
+        "import os, time; p = os.fork(); p or os._exit(0); f = os.pidfd_open(p); os.waitpid(p, 0);"
+        "print('READY', flush=True); time.sleep(1e6)"
+    )
     with open(tmp / "out", "wb") as f:
         c = torpor.run(["/usr/bin/python3.11", "-c", code], stdout=f, root=root)
     procs.wait_until("READY", lambda: (tmp / "out").read_bytes() == b"READY\n")

@@ -347,6 +347,26 @@ UNSUPPORTED = {
         "import ctypes; m = (ctypes.c_ulong * 16)(); f = ctypes.CDLL(None).signalfd(-1, m, 0); assert f >= 0",
         "signalfd",
     ),
+    "inotify events that nobody has read": (
+        "import ctypes, os; c = ctypes.CDLL(None); f = c.inotify_init1(0); assert c.inotify_add_watch(f, b'/wl', 0x100) > 0;"
+        "open('/wl/new', 'w').close()",
+        "events wait to be read",
+    ),
+    "an inotify watch of a file without a name": (
+        "import ctypes, os; c = ctypes.CDLL(None); f = c.inotify_init1(0); o = open('/wl/new', 'w');"
+        "assert c.inotify_add_watch(f, b'/wl/new', 2) > 0; os.unlink('/wl/new')",
+        "inotify",
+    ),
+    "a pidfd of a process that is gone": (
+        "import os; p = os.fork(); p or os._exit(0); f = os.pidfd_open(p); os.waitpid(p, 0)",
+        "has ended",
+    ),
+    "a lease": ("import fcntl; f = open('/wl/lease', 'w+'); fcntl.fcntl(f, 1024, 1)", "a lease on it"),
+    "a timer of one of several threads": (
+        "import ctypes, threading; threading.Thread(target=threading.Event().wait, daemon=True).start(); i = ctypes.c_int();"
+        "assert ctypes.CDLL(None).syscall(222, 3, None, ctypes.byref(i)) == 0",
+        "processor time of one of several threads",
+    ),
     "a netlink socket": ("import socket; s = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, 0)", "netlink"),
     "System V shared memory": (
         "import ctypes; c = ctypes.CDLL(None); i = c.shmget(77, 4096, 0o1600); c.shmat.restype = ctypes.c_void_p; assert c.shmat(i, None, 0) != 2**64 - 1",

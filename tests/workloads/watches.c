@@ -94,7 +94,7 @@ int main(void) {
     wd_dir = MUST(inotify_add_watch(in, DIR_, IN_CREATE | IN_DELETE | IN_EXCL_UNLINK));
     for (int i = 0; i < 5; i++) inotify_rm_watch(in, MUST(inotify_add_watch(in, "/proc", IN_CREATE)));
     wd_file = MUST(inotify_add_watch(in, DIR_ "/file", IN_MODIFY));
-    wd_once = MUST(inotify_add_watch(in, DIR_ "/once", IN_ALL_EVENTS | IN_ONESHOT));
+    wd_once = MUST(inotify_add_watch(in, DIR_ "/once", IN_CREATE | IN_DELETE_SELF | IN_ONESHOT));
     wd_mount = MUST(inotify_add_watch(in, "/dev/shm", IN_CREATE));
     wd_second = MUST(inotify_add_watch(second, DIR_ "/sub", IN_CREATE));
     MUST(inotify_add_watch(second, "/bin", IN_CREATE | IN_DELETE | IN_MOVE | IN_CLOSE_WRITE | IN_MODIFY | IN_ATTRIB));

@@ -331,7 +331,7 @@ fn clocks(timers: &[State], run: &dyn Fn(&Batch) -> Result<Results>) -> Result<V
 /// again, so that it keeps its beat.
 fn set(batch: &mut Batch, timer: &State, now: Option<u64>) {
     let last = now
-        .and_then(|now| (now + timer.left).checked_sub(timer.interval))
+        .and_then(|now| now.saturating_add(timer.left).checked_sub(timer.interval))
         .filter(|last| *last > 0);
     let (flags, first) = match (timer.pending, last) {
         (true, Some(last)) => (libc::TIMER_ABSTIME, last),
