@@ -153,7 +153,7 @@ pub fn collect(pid: Pid, vmas: &[Vma], stat: &Stat, brk: u64, tables: &mut Table
 fn exe(pid: Pid, tables: &mut Tables<'_>) -> Result<Source> {
     let path = format!("/proc/{pid}/exe");
     let link = proc::link(&path).about(pid, "exe")?;
-    let file = fd::open(&path, libc::O_RDONLY).about(pid, "exe")?;
+    let file = fd::open(&path, libc::O_PATH).about(pid, "exe")?;
     source_of(pid, &link, &file, false, tables)
 }
 
@@ -175,7 +175,8 @@ fn area(pid: Pid, vma: &Vma, tables: &mut Tables<'_>) -> Result<Area> {
         let path = format!("/proc/{pid}/map_files/{:x}-{:x}", vma.start, vma.end);
         // A mapping whose file was opened for writing could be made writable by mprotect(2) later.
         let writable = vma.shared && vma.has(b"mw");
-        let file = fd::open(&path, libc::O_RDONLY).about(pid, object())?;
+        // Only to be looked at: opening it for reading would be an event for whoever watches it (inotify(7)).
+        let file = fd::open(&path, libc::O_PATH).about(pid, object())?;
         source_of(pid, &vma.name, &file, writable, tables)?
     } else {
         Source::Nothing

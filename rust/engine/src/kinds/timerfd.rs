@@ -131,6 +131,24 @@ mod tests {
     use super::*;
 
     #[test]
+    fn waking_the_machine_needs_the_power_to() {
+        let state = State {
+            clock: BOOTTIME_ALARM,
+            ticks: 0,
+            settime: 0,
+            left: 0,
+            interval: 0,
+            due: None,
+        };
+        let bounds = |sets: &str| {
+            let spec = serde_json::json!({"process": {"capabilities": {"bounding": [sets]}}});
+            Bounds::of(&spec)
+        };
+        assert!(plan(&state, &bounds("CAP_KILL")).is_err());
+        assert!(plan(&state, &bounds("CAP_WAKE_ALARM")).is_ok());
+    }
+
+    #[test]
     fn fdinfo_is_understood() {
         let text = "pos:\t0\nflags:\t02\nmnt_id:\t17\nino:\t18\nclockid: 1\nticks: 2\nsettime flags: 03\n\
                     it_value: (4, 202172274)\nit_interval: (1, 0)\n";
