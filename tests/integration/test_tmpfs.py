@@ -256,7 +256,8 @@ def test_what_runtimes_add_is_not_missed(torpor: Torpor, busybox: Make, tmp: Pat
 
     def docker(config: dict[str, Any]) -> None:
         config["mounts"] += [bind(tmp / name, f"/etc/{name}") for name in names]
-        config["linux"]["maskedPaths"] += ["/proc/keys", "/proc/acpi", "/proc/scsi"]
+        config["linux"]["maskedPaths"] += ["/proc/keys", "/proc/acpi", "/proc/scsi", "/var", "/etc/group"]
+        config["linux"]["readonlyPaths"] += ["/root"]
 
     c = started(torpor, busybox(["sh", "-c", WAITER], edit=docker))
     c.checkpoint(tmp / "image")

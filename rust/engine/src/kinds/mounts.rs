@@ -24,6 +24,9 @@ pub struct State {
     /// It can be written to.
     #[serde(default)]
     pub writable: bool,
+    /// It only hides or protects what is there anyway: a masked or read-only path of the spec.
+    #[serde(default)]
+    pub mask: bool,
 }
 
 /// What runtimes make from what they find on the machine: hidden and read-only parts of /proc and /sys, cgroups.
@@ -44,6 +47,7 @@ pub fn collect(init: Pid) -> Result<Vec<State>> {
 }
 
 fn from(mounts: &[Mount], ours: &BTreeSet<(u32, u32)>) -> Vec<State> {
+    let root = mounts.iter().rfind(|m| m.point == "/");
     let mut all: Vec<State> = Vec::new();
     for mount in mounts {
         all.retain(|m| m.point != mount.point);
@@ -52,9 +56,23 @@ fn from(mounts: &[Mount], ours: &BTreeSet<(u32, u32)>) -> Vec<State> {
             fs_type: mount.fs_type.clone(),
             bind: is_bind(mount, ours),
             writable: is_writable(mount),
+            mask: is_mask(mount, root),
         });
     }
     all
+}
+
+/// Runtimes hide a directory under an empty read-only tmpfs and a file under /dev/null, and protect a path by mounting
+/// it on itself.
+fn is_mask(mount: &Mount, root: Option<&Mount>) -> bool {
+    let hides_directory = mount.fs_type == "tmpfs" && mount.root == "/" && !is_writable(mount);
+    let hides_file = mount.root == "/null" && ["tmpfs", "devtmpfs"].contains(&mount.fs_type.as_str());
+    let protects = root.is_some_and(|r| r.dev == mount.dev && below(&r.root, &mount.point) == mount.root);
+    hides_directory || hides_file || protects
+}
+
+fn below(root: &str, path: &str) -> String {
+    format!("{}{path}", root.trim_end_matches('/'))
 }
 
 /// Whether a mount shows what somebody else has too. A file system that the container made for itself is mounted
@@ -76,7 +94,7 @@ impl State {
         let runtimes = BELOW.iter().any(|b| self.point.starts_with(b))
             || (self.point.starts_with("/dev/") && (self.bind || self.point == "/dev/console"))
             || (self.bind && IDENTITY.contains(&self.point.as_str()));
-        self.point != "/" && !runtimes
+        self.point != "/" && !self.mask && !runtimes
     }
 
     /// Whether it is a file system in memory whose files are the container's own.
@@ -203,6 +221,9 @@ mod tests {
 18 10 8:1 /srv /srv rw - ext4 /dev/vda1 rw
 19 11 0:47 / /proc/acpi ro - tmpfs tmpfs ro
 20 12 0:43 /0 /dev/console rw - devpts devpts rw
+21 10 0:40 /etc/keys /etc/keys ro - overlay overlay rw
+22 10 0:48 / /root/secret ro - tmpfs tmpfs rw
+23 10 0:42 /null /etc/shadow rw - tmpfs tmpfs rw,size=65536k
 ";
 
     #[test]
@@ -218,6 +239,7 @@ mod tests {
         };
         without(&[]).unwrap();
         without(&["/", "/proc/acpi", "/dev/console", "/sys/fs/cgroup", "/etc/resolv.conf"]).unwrap();
+        without(&["/etc/keys", "/root/secret", "/etc/shadow"]).unwrap();
         for needed in ["/proc", "/dev", "/dev/pts", "/dev/shm", "/sys", "/srv"] {
             let refused = without(&[needed]).unwrap_err();
             assert_eq!(
