@@ -60,6 +60,7 @@ class Machine(daemons.Daemon):
         return {
             **os.environ, "PATH": f"{self.directory}/bin:{os.environ['PATH']}", "DOCKER_HOST": f"unix://{self.directory}/d",
             "DOCKER_CONFIG": f"{self.directory}/client", "CONTAINERD_ADDRESS": f"{self.directory}/c",
+            "TMPDIR": str(self.directory),
         }  # fmt: skip
 
     def sh(self, text: str) -> str:

@@ -46,10 +46,13 @@ class Daemon:
         return self.process.pid
 
     def start(self, argv: Sequence[str], env: Mapping[str, str] | None = None) -> None:
+        # containerd forgets the directories in which it unpacks checkpoints
+        env = {**os.environ, "TMPDIR": str(self.directory), **(env or {})}
+        env.pop("XDG_RUNTIME_DIR", None)
         with procs.claiming, open(self.directory / "daemon.log", "wb") as log:
             self.process = subprocess.Popen(
                 [*ISOLATED, "sh", "-c", _ENTRY, "sh", *argv],
-                stdin=subprocess.DEVNULL, stdout=log, stderr=log, env={**os.environ, **(env or {})}, start_new_session=True,
+                stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=env, start_new_session=True,
             )  # fmt: skip
             procs.claimed.add(self.process.pid)
 
