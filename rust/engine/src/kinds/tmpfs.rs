@@ -6,6 +6,7 @@
 //! is believed: names are looked up without following links and without entering other mounts, and what the
 //! container's own processes could not have done is refused.
 
+mod copy;
 mod fill;
 mod guest;
 mod save;
@@ -105,9 +106,6 @@ const STRANGER: u32 = u32::MAX;
 
 /// A blob of the list is closed when it is this large.
 const FULL: usize = 1 << 20;
-
-/// How much content is copied at once.
-const PIECE: usize = 1 << 20;
 
 /// A file with more bytes of extended attributes is refused.
 const MAX_ATTRIBUTES: usize = 4 << 20;

@@ -9,7 +9,8 @@ use torpor_image::BlobRef;
 use torpor_sys::tree::{self, DirEntry, Node};
 use torpor_sys::{Pid, proc};
 
-use super::{Entry, FULL, Kind, LIST, LOOK, Line, MAX_ATTRIBUTES, Meta, PIECE, State};
+use super::copy::copy;
+use super::{Entry, FULL, Kind, LIST, LOOK, Line, MAX_ATTRIBUTES, Meta, State};
 use super::{inside, is, is_carried, join, shown, translate};
 use crate::error::{About, Error, Result};
 use crate::kinds::creds::IdMaps;
@@ -86,7 +87,7 @@ impl<'a> Walker<'a> {
             maps,
             blob,
             text: Vec::with_capacity(FULL + (64 << 10)),
-            buffer: vec![0; PIECE],
+            buffer: Vec::new(),
             links: BTreeMap::new(),
             pending: vec![Vec::new()],
             state: State {
@@ -273,34 +274,29 @@ impl<'a> Walker<'a> {
 
     /// Content between two holes. Blobs that follow each other are one.
     fn range(&mut self, full: &[u8], file: &File, start: u64, end: u64) -> Result<()> {
-        let mut at = start;
-        let mut whole: Option<(u64, BlobRef)> = None;
-        while at < end {
-            let room = (end - at).min(PIECE as u64) as usize;
-            let got = file
-                .read_at(&mut self.buffer[..room], at)
-                .map_err(|e| torpor_sys::Error::io("read", "tmpfs", &e));
-            let got = self.about(full, got)?;
-            if got == 0 {
-                break;
+        let Walker {
+            pid,
+            state,
+            blob,
+            buffer,
+            ..
+        } = self;
+        let read = |at: u64, piece: &mut [u8]| {
+            let got = file.read_exact_at(piece, start + at);
+            let got = got.map_err(|e| torpor_sys::Error::io("read", "tmpfs", &e));
+            got.about(*pid, shown(&state.point, full))
+        };
+        let mut found: Vec<(u64, BlobRef)> = Vec::new();
+        copy(end.saturating_sub(start), buffer, &read, &mut |at, piece| {
+            let bytes = blob(piece)?;
+            match found.last_mut() {
+                Some((_, last)) if last.offset + last.len == bytes.offset => last.len += bytes.len,
+                _ => found.push((start + at, bytes)),
             }
-            let bytes = (self.blob)(&self.buffer[..got])?;
-            whole = match whole {
-                Some((from, blob)) if blob.offset + blob.len == bytes.offset => Some((
-                    from,
-                    BlobRef {
-                        offset: blob.offset,
-                        len: blob.len + bytes.len,
-                    },
-                )),
-                Some((from, blob)) => {
-                    self.line(&Line::Data { at: from, bytes: blob })?;
-                    Some((at, bytes))
-                }
-                None => Some((at, bytes)),
-            };
-            at += got as u64;
-        }
-        whole.map_or(Ok(()), |(at, bytes)| self.line(&Line::Data { at, bytes }))
+            Ok(())
+        })?;
+        found
+            .into_iter()
+            .try_for_each(|(at, bytes)| self.line(&Line::Data { at, bytes }))
     }
 }
