@@ -348,13 +348,17 @@ UNSUPPORTED = {
         "signalfd",
     ),
     "inotify events that nobody has read": (
-        "import ctypes, os; c = ctypes.CDLL(None); f = c.inotify_init1(0); assert c.inotify_add_watch(f, b'/wl', 0x100) > 0;"
-        "open('/wl/new', 'w').close()",
+        (
+            "import ctypes, os; c = ctypes.CDLL(None); f = c.inotify_init1(0); assert c.inotify_add_watch(f, b'/wl', 0x100) > 0;"
+            "open('/wl/new', 'w').close()"
+        ),
         "events wait to be read",
     ),
     "an inotify watch of a file without a name": (
-        "import ctypes, os; c = ctypes.CDLL(None); f = c.inotify_init1(0); o = open('/wl/new', 'w');"
-        "assert c.inotify_add_watch(f, b'/wl/new', 2) > 0; os.unlink('/wl/new')",
+        (
+            "import ctypes, os; c = ctypes.CDLL(None); f = c.inotify_init1(0); o = open('/wl/new', 'w');"
+            "assert c.inotify_add_watch(f, b'/wl/new', 2) > 0; os.unlink('/wl/new')"
+        ),
         "inotify",
     ),
     "a pidfd of a process that is gone": (
@@ -363,8 +367,10 @@ UNSUPPORTED = {
     ),
     "a lease": ("import fcntl; f = open('/wl/lease', 'w+'); fcntl.fcntl(f, 1024, 1)", "a lease on it"),
     "a timer of one of several threads": (
-        "import ctypes, threading; threading.Thread(target=threading.Event().wait, daemon=True).start(); i = ctypes.c_int();"
-        "assert ctypes.CDLL(None).syscall(222, 3, None, ctypes.byref(i)) == 0",
+        (
+            "import ctypes, threading; threading.Thread(target=threading.Event().wait, daemon=True).start(); i = ctypes.c_int();"
+            "assert ctypes.CDLL(None).syscall(222, 3, None, ctypes.byref(i)) == 0"
+        ),
         "processor time of one of several threads",
     ),
     "a netlink socket": ("import socket; s = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, 0)", "netlink"),
