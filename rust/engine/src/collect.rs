@@ -336,10 +336,9 @@ impl<'f> Subject<'f> {
             busy_signals: busy(&before),
         };
         let door = Door::find(host, &self.memory, &self.vmas, TABLE).about(pid, "visit")?;
-        let answers = self.ask_all(&before, &door, ctx);
-        let closed = door.close().about(pid, "visit");
-        let (mut threads, answers) = answers?;
-        closed?;
+        // After an error the code stays: a thread that could not be brought home is still on its way through it.
+        let (mut threads, answers) = self.ask_all(&before, &door, ctx)?;
+        door.close().about(pid, "visit")?;
         let (mut signals, settings, timers, mut posix_timers, brk) = answers;
         posix_timers::take_pending(&mut posix_timers, &mut signals.pending);
         for thread in &mut threads {

@@ -84,6 +84,7 @@ fn visit<T>(pid: Pid, work: impl FnOnce(&Door<'_>, &mut Visit<'_>) -> Result<T>)
     let door = Door::find(host, &memory, &vmas, TABLE).about(pid, "visit")?;
     let mut visit = door.enter(pid, inner_pid).about(pid, "visit")?;
     let result = work(&door, &mut visit);
+    // After an error the code stays: see collect.rs.
     visit.leave().about(pid, "visit")?;
     door.close().about(pid, "visit")?;
     result
