@@ -172,8 +172,9 @@ def _fill(
         launcher.run("started", *_home_flags(home))
     except TorporError as e:
         # The program runs. A poststart hook that fails is worth a warning and no more (OCI runtime spec, "Lifecycle"
-        # step 10).
-        log.warning(str(e))
+        # step 10); that the program has ended already is worth none.
+        say = log.warning if proc.is_alive(state.pid, state.start_time) else log.debug
+        say(str(e))
 
 
 class _Building:
