@@ -37,6 +37,18 @@ const IDENTITY: [&str; 3] = ["/etc/hosts", "/etc/hostname", "/etc/resolv.conf"];
 
 /// The mount points of the process `init`; of several mounts at one point the one that is seen.
 pub fn collect(init: Pid) -> Result<Vec<State>> {
+    Ok(seen(all(init)?))
+}
+
+/// Where files in memory are under another mount at the same point.
+pub fn hidden(init: Pid) -> Result<Vec<String>> {
+    let all = all(init)?;
+    let is_last = |at: usize| all[at + 1..].iter().all(|m| m.point != all[at].point);
+    let hidden = (0..all.len()).filter(|at| all[*at].is_memory() && !is_last(*at));
+    Ok(hidden.map(|at| all[at].point.clone()).collect())
+}
+
+fn all(init: Pid) -> Result<Vec<State>> {
     let me = std::process::id() as Pid;
     let ours = proc::mountinfo(me)
         .about(me, "own mounts")?
@@ -46,20 +58,25 @@ pub fn collect(init: Pid) -> Result<Vec<State>> {
     Ok(from(&proc::mountinfo(init).about(init, "mounts")?, &ours))
 }
 
+fn seen(all: Vec<State>) -> Vec<State> {
+    let mut seen: Vec<State> = Vec::new();
+    for mount in all {
+        seen.retain(|m| m.point != mount.point);
+        seen.push(mount);
+    }
+    seen
+}
+
 fn from(mounts: &[Mount], ours: &BTreeSet<(u32, u32)>) -> Vec<State> {
     let root = mounts.iter().rfind(|m| m.point == "/");
-    let mut all: Vec<State> = Vec::new();
-    for mount in mounts {
-        all.retain(|m| m.point != mount.point);
-        all.push(State {
-            point: mount.point.clone(),
-            fs_type: mount.fs_type.clone(),
-            bind: is_bind(mount, ours),
-            writable: is_writable(mount),
-            mask: is_mask(mount, root),
-        });
-    }
-    all
+    let state = |mount: &Mount| State {
+        point: mount.point.clone(),
+        fs_type: mount.fs_type.clone(),
+        bind: is_bind(mount, ours),
+        writable: is_writable(mount),
+        mask: is_mask(mount, root),
+    };
+    mounts.iter().map(state).collect()
 }
 
 /// Runtimes hide a directory under an empty read-only tmpfs and a file under /dev/null, and protect a path by mounting
@@ -206,7 +223,10 @@ mod tests {
     use super::*;
 
     fn parse(text: &str) -> Vec<State> {
-        from(&proc::parse_mountinfo(text).unwrap(), &BTreeSet::from([(0, 5), (8, 1)]))
+        seen(from(
+            &proc::parse_mountinfo(text).unwrap(),
+            &BTreeSet::from([(0, 5), (8, 1)]),
+        ))
     }
 
     const DOCKER: &str = "\

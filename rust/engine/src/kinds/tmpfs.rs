@@ -6,7 +6,6 @@
 //! is believed: names are looked up without following links and without entering other mounts, and what the
 //! container's own processes could not have done is refused.
 
-mod copy;
 mod fill;
 mod guest;
 mod save;
@@ -106,6 +105,9 @@ const STRANGER: u32 = u32::MAX;
 
 /// A blob of the list is closed when it is this large.
 const FULL: usize = 1 << 20;
+
+/// How much content is moved at once. Reading ahead in another thread was tried: it gains nothing.
+const PIECE: usize = 1 << 20;
 
 /// A file with more bytes of extended attributes is refused.
 const MAX_ATTRIBUTES: usize = 4 << 20;

@@ -9,10 +9,9 @@ use std::sync::OnceLock;
 use torpor_image::{BlobRef, Reader};
 use torpor_sys::{Pid, fd, tree};
 
-use super::copy::copy;
 use super::guest::Guest;
 use super::target::{Existing, Place, Target, existing, is_name, keeps};
-use super::{Entry, Kind, LIST, LOOK, Line, Meta, STRANGER, State, is_carried, join, outside, translate};
+use super::{Entry, Kind, LIST, LOOK, Line, Meta, PIECE, STRANGER, State, is_carried, join, outside, translate};
 use crate::error::{About, Error, Result};
 use crate::plan::Bounds;
 use crate::stage::Cancel;
@@ -156,14 +155,17 @@ impl Builder<'_> {
         if at.checked_add(bytes.len).is_none_or(|end| end > filling.size) {
             return target.nonsense(&filling.path);
         }
-        let read = |done: u64, piece: &mut [u8]| Ok(target.image.read_at(bytes.offset.saturating_add(done), piece)?);
-        copy(bytes.len, &mut self.buffer, &read, &mut |done, piece| {
+        let mut done = 0;
+        while done < bytes.len {
             target.cancel.check()?;
+            let piece = &mut self.buffer[..(bytes.len - done).min(PIECE as u64) as usize];
+            target.image.read_at(bytes.offset.saturating_add(done), piece)?;
             let written = filling.file.write_all_at(piece, at + done);
             let written = written.map_err(|e| torpor_sys::Error::io("write", "file", &e));
-            target.about(&filling.path, written)
-        })?;
-        filling.end = filling.end.max(at + bytes.len);
+            target.about(&filling.path, written)?;
+            done += piece.len() as u64;
+        }
+        filling.end = filling.end.max(at + done);
         Ok(())
     }
 
@@ -184,7 +186,7 @@ impl Target<'_> {
             join,
             here: None,
             file: None,
-            buffer: Vec::new(),
+            buffer: vec![0; PIECE],
         };
         self.each(&mut |line| builder.take(line))?;
         builder.end_file()?;

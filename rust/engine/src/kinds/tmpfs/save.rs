@@ -9,8 +9,7 @@ use torpor_image::BlobRef;
 use torpor_sys::tree::{self, DirEntry, Node};
 use torpor_sys::{Pid, proc};
 
-use super::copy::copy;
-use super::{Entry, FULL, Kind, LIST, LOOK, Line, MAX_ATTRIBUTES, Meta, State};
+use super::{Entry, FULL, Kind, LIST, LOOK, Line, MAX_ATTRIBUTES, Meta, PIECE, State};
 use super::{inside, is, is_carried, join, shown, translate};
 use crate::error::{About, Error, Result};
 use crate::kinds::creds::IdMaps;
@@ -31,14 +30,13 @@ pub fn collect(
             "files in memory outside of {root}, the root directory of the first process, are not saved"
         ));
     }
+    let hidden = |point: &str| format!("{point} is hidden by another mount: its files are not saved");
+    warnings.extend(mounts::hidden(init)?.iter().map(|point| hidden(point)));
     let mut all = Vec::new();
     for mount in mounts.iter().filter(|m| m.is_memory()) {
         match mounts::open(init, &mount.point)? {
             Some(directory) => all.push(Walker::new(init, &mount.point, directory, maps, blob).run()?),
-            None => warnings.push(format!(
-                "{} is hidden by another mount: its files are not saved",
-                mount.point
-            )),
+            None => warnings.push(hidden(&mount.point)),
         }
     }
     // Where a program expects its shared memory to be; Podman saves and restores this one itself.
@@ -87,7 +85,7 @@ impl<'a> Walker<'a> {
             maps,
             blob,
             text: Vec::with_capacity(FULL + (64 << 10)),
-            buffer: Vec::new(),
+            buffer: vec![0; PIECE],
             links: BTreeMap::new(),
             pending: vec![Vec::new()],
             state: State {
@@ -252,7 +250,7 @@ impl<'a> Walker<'a> {
         let mut next = match node.size {
             0 => None,
             // A page is data as a whole, or not at all.
-            1..=4096 => (node.allocated > 0).then_some((0, node.size)),
+            1..=4096 if node.allocated > 0 => Some((0, node.size)),
             _ => self.about(full, tree::next_data(&file, 0))?,
         };
         let has_holes = next.is_none_or(|(start, end)| start > 0 || end < node.size);
@@ -274,27 +272,20 @@ impl<'a> Walker<'a> {
 
     /// Content between two holes. Blobs that follow each other are one.
     fn range(&mut self, full: &[u8], file: &File, start: u64, end: u64) -> Result<()> {
-        let Walker {
-            pid,
-            state,
-            blob,
-            buffer,
-            ..
-        } = self;
-        let read = |at: u64, piece: &mut [u8]| {
-            let got = file.read_exact_at(piece, start + at);
-            let got = got.map_err(|e| torpor_sys::Error::io("read", "tmpfs", &e));
-            got.about(*pid, shown(&state.point, full))
-        };
+        let mut at = start;
         let mut found: Vec<(u64, BlobRef)> = Vec::new();
-        copy(end.saturating_sub(start), buffer, &read, &mut |at, piece| {
-            let bytes = blob(piece)?;
+        while at < end {
+            let piece = &mut self.buffer[..(end - at).min(PIECE as u64) as usize];
+            let got = file.read_exact_at(piece, at);
+            let got = got.map_err(|e| torpor_sys::Error::io("read", "tmpfs", &e));
+            got.about(self.pid, shown(&self.state.point, full))?;
+            let bytes = (self.blob)(piece)?;
             match found.last_mut() {
                 Some((_, last)) if last.offset + last.len == bytes.offset => last.len += bytes.len,
-                _ => found.push((start + at, bytes)),
+                _ => found.push((at, bytes)),
             }
-            Ok(())
-        })?;
+            at += bytes.len;
+        }
         found
             .into_iter()
             .try_for_each(|(at, bytes)| self.line(&Line::Data { at, bytes }))

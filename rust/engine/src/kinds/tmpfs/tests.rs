@@ -280,10 +280,25 @@ fn hidden_files_are_named() {
         "echo > file; cd /; mount -t tmpfs none /mnt; mkdir /mnt/x; mount -t tmpfs none /mnt/x; mount --bind /etc /mnt",
     ));
     assert!(image.states.is_empty());
-    assert_eq!(
-        image.warnings,
-        ["/mnt/x is hidden by another mount: its files are not saved"]
-    );
+    let hidden = |point: &str| format!("{point} is hidden by another mount: its files are not saved");
+    assert_eq!(image.warnings, ["/mnt", "/mnt", "/mnt/x"].map(hidden));
+}
+
+#[test]
+fn ramfs_is_carried_too() {
+    let on_ramfs = "cd /; umount /mnt; mount -t ramfs none /mnt; cd /mnt; ";
+    let before = Container::new(&format!(
+        "{on_ramfs} echo small > small; head -c 70000 /dev/urandom > large; mkdir d"
+    ));
+    let after = Container::new(on_ramfs);
+    fill_with(&save(&before), &after, &everything()).unwrap();
+    assert_eq!(before.look(true), after.look(true));
+    for file in ["small", "large"] {
+        assert_eq!(
+            fs::read(before.path(file)).unwrap(),
+            fs::read(after.path(file)).unwrap()
+        );
+    }
 }
 
 #[test]
