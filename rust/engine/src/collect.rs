@@ -77,8 +77,9 @@ pub fn collect(frozen: &Frozen, blob: &mut dyn FnMut(&[u8]) -> Result<BlobRef>) 
     let mut inventory = Inventory::default();
     let view = paths::View::of(init)?;
     ipc::check(init)?;
-    inventory.mounts = mounts::collect(init)?;
-    mounts::check(init, &inventory.mounts)?;
+    let mounts = mounts::Table::of(init)?;
+    mounts.check()?;
+    inventory.mounts = mounts.seen();
     let mut tables = memory::Tables {
         view: &view,
         mapped: Vec::new(),
@@ -143,7 +144,7 @@ pub fn collect(frozen: &Frozen, blob: &mut dyn FnMut(&[u8]) -> Result<BlobRef>) 
         inventory.console = Some(console::collect(init, fd, |pid| names.inner(pid))?);
     }
     // Last, since it may be much: by now nothing else is refused.
-    inventory.tmpfs = tmpfs::collect(init, &inventory.mounts, &maps, blob, &mut inventory.warnings)?;
+    inventory.tmpfs = tmpfs::collect(init, &mounts, &maps, blob, &mut inventory.warnings)?;
     inventory.objects.mapped = tables.mapped;
     inventory.objects.shared = tables.shared.states;
     Ok(Collected {

@@ -35,34 +35,84 @@ const BELOW: [&str; 2] = ["/proc/", "/sys/"];
 /// What runtimes write for each container anew and mount over the file of the image.
 const IDENTITY: [&str; 3] = ["/etc/hosts", "/etc/hostname", "/etc/resolv.conf"];
 
-/// The mount points of the process `init`; of several mounts at one point the one that is seen.
-pub fn collect(init: Pid) -> Result<Vec<State>> {
-    Ok(seen(all(init)?))
+/// What is mounted in a container at one moment.
+#[derive(Debug)]
+pub struct Table {
+    init: Pid,
+    root: OwnedFd,
+    mounts: Vec<Mount>,
+    /// In the same order.
+    states: Vec<State>,
 }
 
-/// Where files in memory are under another mount at the same point.
-pub fn hidden(init: Pid) -> Result<Vec<String>> {
-    let all = all(init)?;
-    let is_last = |at: usize| all[at + 1..].iter().all(|m| m.point != all[at].point);
-    let hidden = (0..all.len()).filter(|at| all[*at].is_memory() && !is_last(*at));
-    Ok(hidden.map(|at| all[at].point.clone()).collect())
+impl Table {
+    /// The mounts that the process `init` sees.
+    pub fn of(init: Pid) -> Result<Table> {
+        let me = std::process::id() as Pid;
+        let ours = proc::mountinfo(me).about(me, "own mounts")?;
+        let mounts = proc::mountinfo(init).about(init, "mounts")?;
+        Ok(Table {
+            init,
+            root: fd::open(&format!("/proc/{init}/root"), libc::O_PATH | libc::O_DIRECTORY).about(init, "root")?,
+            states: from(&mounts, &ours.iter().map(|m| m.dev).collect()),
+            mounts,
+        })
+    }
+
+    /// The mount points; of several mounts at one point the one that is seen.
+    pub fn seen(&self) -> Vec<State> {
+        seen(&self.states)
+    }
+
+    /// What is seen at a point, with its mount options.
+    pub fn at(&self, point: &str) -> Option<(&State, &str)> {
+        let at = self.states.iter().rposition(|m| m.point == point)?;
+        Some((&self.states[at], &self.mounts[at].options))
+    }
+
+    /// Where files in memory are under another mount at the same point.
+    pub fn hidden(&self) -> Vec<&str> {
+        let is_seen = |at: usize| self.states[at + 1..].iter().all(|m| m.point != self.states[at].point);
+        let hidden = (0..self.states.len()).filter(|at| self.states[*at].is_memory() && !is_seen(*at));
+        hidden.map(|at| self.states[at].point.as_str()).collect()
+    }
+
+    /// The directory mounted at a point; `None` when something else hides it.
+    pub fn open(&self, point: &str) -> Result<Option<OwnedFd>> {
+        const GONE: [i32; 3] = [libc::ENOENT, libc::ENOTDIR, libc::ELOOP];
+        let flags = libc::O_RDONLY | libc::O_DIRECTORY | libc::O_NOATIME;
+        let found = match tree::open_mount(&self.root, point, flags) {
+            Ok(found) => found,
+            Err(e) if e.errno().is_some_and(|e| GONE.contains(&(e as i32))) => return Ok(None),
+            Err(e) => return Err(e).about(self.init, format!("mount {point}")),
+        };
+        let me = std::process::id() as Pid;
+        let id = proc::fdinfo(me, found.as_raw_fd()).about(self.init, point)?.mnt_id;
+        let is_it = self.mounts.iter().any(|m| m.id == id && m.point == point);
+        Ok(is_it.then_some(found))
+    }
+
+    /// # Errors
+    /// Refused: files of huge pages, which no image holds.
+    pub fn check(&self) -> Result<()> {
+        for mount in self.states.iter().filter(|m| m.fs_type == "hugetlbfs" && !m.bind) {
+            let directory = self.open(&mount.point)?;
+            if directory.is_some_and(|d| tree::names(&d).next().is_some()) {
+                let object = format!("files in {} (hugetlbfs)", mount.point);
+                let why = "files of huge pages are not carried yet";
+                let remedy = "remove them before the checkpoint";
+                return Err(Error::unsupported(self.init, object, why, remedy));
+            }
+        }
+        Ok(())
+    }
 }
 
-fn all(init: Pid) -> Result<Vec<State>> {
-    let me = std::process::id() as Pid;
-    let ours = proc::mountinfo(me)
-        .about(me, "own mounts")?
-        .iter()
-        .map(|m| m.dev)
-        .collect();
-    Ok(from(&proc::mountinfo(init).about(init, "mounts")?, &ours))
-}
-
-fn seen(all: Vec<State>) -> Vec<State> {
+fn seen(all: &[State]) -> Vec<State> {
     let mut seen: Vec<State> = Vec::new();
     for mount in all {
         seen.retain(|m| m.point != mount.point);
-        seen.push(mount);
+        seen.push(mount.clone());
     }
     seen
 }
@@ -94,12 +144,12 @@ fn below(root: &str, path: &str) -> String {
 
 /// Whether a mount shows what somebody else has too. A file system that the container made for itself is mounted
 /// whole, and nowhere outside; `ours` are the file systems that are mounted where we are.
-pub fn is_bind(mount: &Mount, ours: &BTreeSet<(u32, u32)>) -> bool {
+fn is_bind(mount: &Mount, ours: &BTreeSet<(u32, u32)>) -> bool {
     mount.root != "/" || ours.contains(&mount.dev)
 }
 
 /// Neither this mount nor its file system is read-only.
-pub fn is_writable(mount: &Mount) -> bool {
+fn is_writable(mount: &Mount) -> bool {
     let read_only = |options: &str| options.split(',').any(|o| o == "ro");
     !read_only(&mount.options) && !read_only(&mount.super_options)
 }
@@ -108,15 +158,19 @@ impl State {
     /// Whether the container's programs may rely on it. Not so for what the runtime adds by itself, which differs
     /// between machines and runtimes.
     fn is_needed(&self) -> bool {
-        let runtimes = BELOW.iter().any(|b| self.point.starts_with(b))
+        let runtimes = self.is_kernels()
             || (self.point.starts_with("/dev/") && (self.bind || self.point == "/dev/console"))
             || (self.bind && IDENTITY.contains(&self.point.as_str()));
         self.point != "/" && !self.mask && !runtimes
     }
 
+    fn is_kernels(&self) -> bool {
+        BELOW.iter().any(|b| self.point.starts_with(b))
+    }
+
     /// Whether it is a file system in memory whose files are the container's own.
     pub fn is_memory(&self) -> bool {
-        is_memory(&self.fs_type) && !self.bind && self.writable && self.point != "/"
+        is_memory(&self.fs_type) && !self.bind && self.writable && self.point != "/" && !self.is_kernels()
     }
 
     /// Whether `now` can stand for it. What comes from outside may come from any file system.
@@ -141,54 +195,10 @@ fn class(fs_type: &str) -> &str {
     }
 }
 
-/// The directory mounted at a point of the process `init`; `None` when something else hides it.
-pub fn open(init: Pid, point: &str) -> Result<Option<OwnedFd>> {
-    let root = fd::open(&format!("/proc/{init}/root"), libc::O_PATH | libc::O_DIRECTORY).about(init, "root")?;
-    let flags = libc::O_RDONLY | libc::O_DIRECTORY | libc::O_NOATIME;
-    let found = match tree::open_mount(&root, point, flags) {
-        Ok(found) => found,
-        Err(e)
-            if matches!(
-                e.errno().map(|e| e as i32),
-                Some(libc::ENOENT | libc::ENOTDIR | libc::ELOOP)
-            ) =>
-        {
-            return Ok(None);
-        }
-        Err(e) => return Err(e).about(init, format!("mount {point}")),
-    };
-    let me = std::process::id() as Pid;
-    let id = proc::fdinfo(me, found.as_raw_fd()).about(init, point)?.mnt_id;
-    let mounts = proc::mountinfo(init).about(init, "mounts")?;
-    let is_it = mounts.iter().any(|m| m.id == id && m.point == point);
-    Ok(is_it.then_some(found))
-}
-
-/// # Errors
-/// Refused: files of huge pages, which no image holds.
-pub fn check(init: Pid, mounts: &[State]) -> Result<()> {
-    for mount in mounts.iter().filter(|m| m.fs_type == "hugetlbfs" && !m.bind) {
-        let Some(directory) = open(init, &mount.point)? else {
-            continue;
-        };
-        if tree::names(&directory).next().is_some() {
-            let object = format!("files in {} (hugetlbfs)", mount.point);
-            let why = "files of huge pages are not carried yet";
-            return Err(Error::unsupported(
-                init,
-                object,
-                why,
-                "remove them before the checkpoint",
-            ));
-        }
-    }
-    Ok(())
-}
-
 /// # Errors
 /// The first mount of the image that the new container `init` has nothing for.
 pub fn plan(image: &[State], init: Pid) -> Result<()> {
-    compare(image, &collect(init)?)
+    compare(image, &Table::of(init)?.seen())
 }
 
 fn compare(image: &[State], here: &[State]) -> Result<()> {
@@ -223,7 +233,7 @@ mod tests {
     use super::*;
 
     fn parse(text: &str) -> Vec<State> {
-        seen(from(
+        seen(&from(
             &proc::parse_mountinfo(text).unwrap(),
             &BTreeSet::from([(0, 5), (8, 1)]),
         ))
@@ -235,7 +245,7 @@ mod tests {
 12 10 0:42 / /dev rw,nosuid - tmpfs tmpfs rw,size=65536k
 13 12 0:43 / /dev/pts rw - devpts devpts rw
 14 10 0:44 / /sys ro - sysfs sysfs ro
-15 14 0:45 / /sys/fs/cgroup ro - tmpfs tmpfs rw
+15 14 0:45 / /sys/fs/cgroup rw - tmpfs tmpfs rw
 16 12 0:46 / /dev/shm rw - tmpfs shm rw
 17 10 8:1 /var/lib/docker/c/resolv.conf /etc/resolv.conf rw - ext4 /dev/vda1 rw
 18 10 8:1 /srv /srv rw - ext4 /dev/vda1 rw
@@ -260,6 +270,12 @@ mod tests {
         without(&[]).unwrap();
         without(&["/", "/proc/acpi", "/dev/console", "/sys/fs/cgroup", "/etc/resolv.conf"]).unwrap();
         without(&["/etc/keys", "/root/secret", "/etc/shadow"]).unwrap();
+        let memory: Vec<&str> = image
+            .iter()
+            .filter(|m| m.is_memory())
+            .map(|m| m.point.as_str())
+            .collect();
+        assert_eq!(memory, ["/dev", "/dev/shm"]);
         for needed in ["/proc", "/dev", "/dev/pts", "/dev/shm", "/sys", "/srv"] {
             let refused = without(&[needed]).unwrap_err();
             assert_eq!(

@@ -10,7 +10,7 @@ use torpor_image::{BlobRef, Reader};
 use torpor_sys::{Pid, fd, tree};
 
 use super::guest::Guest;
-use super::target::{Existing, Place, Target, existing, is_name, keeps};
+use super::target::{Existing, Ground, Place, Target, existing, is_name, keeps};
 use super::{Entry, Kind, LIST, LOOK, Line, Meta, PIECE, STRANGER, State, is_carried, join, outside, translate};
 use crate::error::{About, Error, Result};
 use crate::plan::Bounds;
@@ -18,14 +18,14 @@ use crate::stage::Cancel;
 
 /// Brings the tmpfs mounts of the new container to the state of the image.
 pub fn rebuild(states: &[State], image: &Reader, init: Pid, bounds: &Bounds, cancel: &Cancel) -> Result<()> {
+    let ground = Ground::of(init, bounds)?;
     let guest = OnceLock::new();
+    let join = || {
+        guest.get_or_init(|| Guest::of(init));
+    };
+    let (uid, gid) = ground.first_ids();
     for state in states {
-        let target = Target::of(state, image, init, bounds, cancel)?;
-        let join = || {
-            guest.get_or_init(|| Guest::of(init));
-        };
-        let first = |map: &[(u32, u32, u32)]| map.first().map_or(0, |(_, outside, _)| *outside);
-        let (uid, gid) = (first(&target.maps.uids), first(&target.maps.gids));
+        let target = Target::of(state, image, &ground, cancel)?;
         tree::as_owner(uid, gid, || target.fill(&join)).about(1, &state.point)??;
     }
     Ok(())

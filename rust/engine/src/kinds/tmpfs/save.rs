@@ -13,13 +13,13 @@ use super::{Entry, FULL, Kind, LIST, LOOK, Line, MAX_ATTRIBUTES, Meta, PIECE, St
 use super::{inside, is, is_carried, join, shown, translate};
 use crate::error::{About, Error, Result};
 use crate::kinds::creds::IdMaps;
-use crate::kinds::mounts;
+use crate::kinds::mounts::{self, Table};
 use crate::kinds::unix::Name;
 
 /// The files of every tmpfs that the container has for itself. Their content goes to `blob` at once.
 pub fn collect(
     init: Pid,
-    mounts: &[mounts::State],
+    mounts: &Table,
     maps: &IdMaps,
     blob: &mut dyn FnMut(&[u8]) -> Result<BlobRef>,
     warnings: &mut Vec<String>,
@@ -31,20 +31,19 @@ pub fn collect(
         ));
     }
     let hidden = |point: &str| format!("{point} is hidden by another mount: its files are not saved");
-    warnings.extend(mounts::hidden(init)?.iter().map(|point| hidden(point)));
+    warnings.extend(mounts.hidden().into_iter().map(hidden));
     let mut all = Vec::new();
-    for mount in mounts.iter().filter(|m| m.is_memory()) {
-        match mounts::open(init, &mount.point)? {
+    for mount in mounts.seen().iter().filter(|m| m.is_memory()) {
+        match mounts.open(&mount.point)? {
             Some(directory) => all.push(Walker::new(init, &mount.point, directory, maps, blob).run()?),
             None => warnings.push(hidden(&mount.point)),
         }
     }
     // Where a program expects its shared memory to be; Podman saves and restores this one itself.
-    let shm = mounts
-        .iter()
-        .find(|m| m.point == "/dev/shm" && m.bind && mounts::is_memory(&m.fs_type));
-    if let Some(mount) = shm
-        && let Some(directory) = mounts::open(init, &mount.point)?
+    if let Some((shm, _)) = mounts.at("/dev/shm")
+        && shm.bind
+        && mounts::is_memory(&shm.fs_type)
+        && let Some(directory) = mounts.open("/dev/shm")?
         && tree::names(&directory).next().is_some()
     {
         warnings.push("/dev/shm is mounted from outside: its files are not saved".into());

@@ -10,7 +10,7 @@ use torpor_sys::{Pid, proc};
 use super::{Entry, Kind, LIST, LOOK, Line, Meta, STRANGER, State, inside, is, join, outside, shown};
 use crate::error::{About, Error, Result};
 use crate::kinds::creds::IdMaps;
-use crate::kinds::mounts;
+use crate::kinds::mounts::Table;
 use crate::plan::Bounds;
 use crate::stage::Cancel;
 
@@ -81,49 +81,61 @@ pub(super) struct Target<'a> {
     pub(super) image: &'a Reader,
     pub(super) cancel: &'a Cancel,
     pub(super) root: OwnedFd,
-    pub(super) maps: IdMaps,
+    pub(super) maps: &'a IdMaps,
     power: Power,
+}
+
+/// What is the same for all tmpfs mounts of the new container.
+pub(super) struct Ground<'a> {
+    mounts: Table,
+    maps: IdMaps,
+    bounds: &'a Bounds,
+    in_our_user_namespace: bool,
+}
+
+impl<'a> Ground<'a> {
+    pub(super) fn of(init: Pid, bounds: &'a Bounds) -> Result<Ground<'a>> {
+        let me = std::process::id() as Pid;
+        let namespace = |pid| proc::namespace(pid, "user").about(pid, "user namespace");
+        Ok(Ground {
+            mounts: Table::of(init)?,
+            maps: IdMaps {
+                uids: proc::id_map(init, "uid_map").about(init, "uid_map")?,
+                gids: proc::id_map(init, "gid_map").about(init, "gid_map")?,
+            },
+            bounds,
+            in_our_user_namespace: namespace(init)? == namespace(me)?,
+        })
+    }
+
+    /// Users and groups outside that are the first of the container's, root as a rule.
+    pub(super) fn first_ids(&self) -> (u32, u32) {
+        let first = |map: &[(u32, u32, u32)]| map.first().map_or(0, |(_, outside, _)| *outside);
+        (first(&self.maps.uids), first(&self.maps.gids))
+    }
 }
 
 impl<'a> Target<'a> {
     pub(super) fn of(
         state: &'a State,
         image: &'a Reader,
-        init: Pid,
-        bounds: &Bounds,
+        ground: &'a Ground<'a>,
         cancel: &'a Cancel,
     ) -> Result<Target<'a>> {
-        let me = std::process::id() as Pid;
         let missing = || {
             let why = "the new container has no tmpfs of its own there for the files of the image";
-            Error::unsupported(
-                1,
-                format!("mount {}", state.point),
-                why,
-                "give the new container that mount",
-            )
+            let object = format!("mount {}", state.point);
+            Error::unsupported(1, object, why, "give the new container that mount")
         };
-        let here = mounts::collect(init)?;
-        if !here.iter().any(|m| m.point == state.point && m.is_memory()) {
-            return Err(missing());
-        }
-        let root = mounts::open(init, &state.point)?.ok_or_else(missing)?;
-        let mounts = proc::mountinfo(init).about(init, "mounts")?;
-        let options = mounts
-            .iter()
-            .rfind(|m| m.point == state.point)
-            .map(|m| m.options.as_str());
-        let namespace = |pid| proc::namespace(pid, "user").about(pid, "user namespace");
+        let here = ground.mounts.at(&state.point).filter(|(m, _)| m.is_memory());
+        let (_, options) = here.ok_or_else(missing)?;
         Ok(Target {
             state,
             image,
             cancel,
-            root,
-            maps: IdMaps {
-                uids: proc::id_map(init, "uid_map").about(init, "uid_map")?,
-                gids: proc::id_map(init, "gid_map").about(init, "gid_map")?,
-            },
-            power: Power::of(bounds, namespace(init)? == namespace(me)?, options.unwrap_or_default()),
+            root: ground.mounts.open(&state.point)?.ok_or_else(missing)?,
+            maps: &ground.maps,
+            power: Power::of(ground.bounds, ground.in_our_user_namespace, options),
         })
     }
 
@@ -322,12 +334,13 @@ pub(super) fn keeps(kind: &Kind, file: &OwnedFd, now: &Node) -> torpor_sys::Resu
 /// # Errors
 /// The first reason why the files of the image cannot be put into the tmpfs mounts of the waiting process `init`.
 pub fn plan(states: &[State], image: &Reader, init: Pid, bounds: &Bounds, cancel: &Cancel) -> Result<()> {
+    let ground = Ground::of(init, bounds)?;
     let mut points = BTreeSet::new();
     for state in states {
         if !points.insert(&state.point) {
             return Err(Error::nonsense(format!("{} is there twice", state.point)));
         }
-        let target = Target::of(state, image, init, bounds, cancel)?;
+        let target = Target::of(state, image, &ground, cancel)?;
         plan_room(state, &target.root)?;
         let mut place = Place::Absent;
         let mut path = Vec::new();

@@ -14,7 +14,7 @@ use torpor_sys::{Pid, proc};
 use super::*;
 use crate::error::Error;
 use crate::kinds::creds::IdMaps;
-use crate::kinds::mounts;
+use crate::kinds::mounts::Table;
 use crate::plan::Bounds;
 use crate::stage::Cancel;
 
@@ -102,12 +102,6 @@ fn committed(writer: Writer, scratch: Scratch, states: Vec<State>, warnings: Vec
     }
 }
 
-fn at_mnt(pid: Pid) -> Vec<mounts::State> {
-    let mut all = mounts::collect(pid).unwrap();
-    all.retain(|m| m.point.starts_with("/mnt"));
-    all
-}
-
 fn save(container: &Container) -> Image {
     let scratch = Scratch::new();
     let mut writer = scratch.writer();
@@ -118,7 +112,8 @@ fn save(container: &Container) -> Image {
         gids: proc::id_map(pid, "gid_map").unwrap(),
     };
     let mut blob = |bytes: &[u8]| Ok(writer.append_blob(bytes)?);
-    let states = collect(pid, &at_mnt(pid), &maps, &mut blob, &mut warnings).unwrap();
+    let states = collect(pid, &Table::of(pid).unwrap(), &maps, &mut blob, &mut warnings).unwrap();
+    warnings.retain(|w| w.starts_with("/mnt"));
     committed(writer, scratch, states, warnings)
 }
 
@@ -529,7 +524,14 @@ fn immutable_files_are_refused_by_name() {
     }
     let pid = container.pid();
     let mut blob = |_: &[u8]| Ok(BlobRef { offset: 0, len: 0 });
-    let error = collect(pid, &at_mnt(pid), &IdMaps::default(), &mut blob, &mut Vec::new()).unwrap_err();
+    let error = collect(
+        pid,
+        &Table::of(pid).unwrap(),
+        &IdMaps::default(),
+        &mut blob,
+        &mut Vec::new(),
+    )
+    .unwrap_err();
     assert_eq!((error.code(), error.object()), ("unsupported", Some("/mnt/file")));
 }
 
