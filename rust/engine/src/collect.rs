@@ -335,6 +335,7 @@ impl<'f> Subject<'f> {
             pid,
             inner_pid: inner,
             busy_signals: busy(&before),
+            instructions: before.iter().map(|t| t.cpu.regs.rip).collect(),
         };
         let door = Door::find(host, &self.memory, &self.vmas, TABLE).about(pid, "visit")?;
         // After an error the code stays: a thread that could not be brought home is still on its way through it.

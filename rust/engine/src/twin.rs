@@ -76,10 +76,12 @@ fn visit<T>(pid: Pid, work: impl FnOnce(&Door<'_>, &mut Visit<'_>) -> Result<T>)
     let (inner_pid, busy_signals) = ids(pid)?;
     let memory = memory::open(pid)?;
     let vmas = proc::maps(pid).about(pid, "maps")?;
+    let instructions = vec![ptrace::regs(pid).about(pid, "registers")?.rip];
     let host = Host {
         pid,
         inner_pid,
         busy_signals,
+        instructions,
     };
     let door = Door::find(host, &memory, &vmas, TABLE).about(pid, "visit")?;
     let mut visit = door.enter(pid, inner_pid).about(pid, "visit")?;

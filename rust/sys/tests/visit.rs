@@ -85,6 +85,7 @@ fn visit(pid: Pid) {
         pid,
         inner_pid: pid,
         busy_signals: busy,
+        instructions: vec![ptrace::regs(pid).unwrap().rip],
     };
     let door = Door::find(host, &memory, &vmas, TABLE).unwrap();
     let mut visit = door.enter(pid, pid).unwrap();
@@ -148,6 +149,7 @@ fn a_batch_that_must_succeed_stops_at_the_first_failure() {
         pid,
         inner_pid: pid,
         busy_signals: 0,
+        instructions: Vec::new(),
     };
     let door = Door::find(host, &memory, &vmas, TABLE).unwrap();
     let mut visit = door.enter(pid, pid).unwrap();
@@ -182,6 +184,11 @@ fn a_program_whose_tracer_is_killed_works_on() {
         fork::wait_child(tracer).unwrap();
         echo.check(&format!("round {round}"));
     }
+    // What was left of the code is used again.
+    stop(echo.pid());
+    visit(echo.pid());
+    ptrace::detach(echo.pid(), 0).unwrap();
+    echo.check("visited again");
     // A table that was in place when the tracer died was unmapped on the way home.
     assert_eq!(proc::status(echo.pid()).unwrap().sig_blocked, 0);
     let maps = proc::maps(echo.pid()).unwrap();

@@ -4,6 +4,7 @@ use serde::{Deserialize, Serialize};
 use torpor_sys::mem::Memory;
 use torpor_sys::proc::Vma;
 use torpor_sys::remote::Batch;
+use torpor_sys::remote::visit::MARK;
 
 use crate::error::{About, Error, Result};
 
@@ -25,6 +26,10 @@ pub fn is_part(vma: &Vma) -> bool {
 fn code(memory: &Memory, vdso: &Vma) -> Result<Vec<u8>> {
     let mut bytes = vec![0; vdso.len() as usize];
     memory.read(vdso.start, &mut bytes).about(memory.pid(), "vdso")?;
+    // What a killed tracer has left in the tail is not the kernel's.
+    if let Some(at) = (0..bytes.len()).step_by(64).find(|at| bytes[*at..].starts_with(&MARK)) {
+        bytes.truncate(at);
+    }
     let used = bytes.iter().rposition(|b| *b != 0).map_or(0, |p| p + 1);
     bytes.truncate(used);
     Ok(bytes)

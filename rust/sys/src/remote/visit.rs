@@ -33,6 +33,8 @@ pub struct Host {
     pub inner_pid: Pid,
     /// Signals caught by a handler, or blocked or pending in any thread.
     pub busy_signals: u64,
+    /// Where its stopped threads are.
+    pub instructions: Vec<RemoteAddr>,
 }
 
 /// The place in a living process where its threads can be visited. All of them are stopped by us.
@@ -60,7 +62,11 @@ pub struct Visit<'d> {
     born: Option<Pid>,
 }
 
-fn tail_of_vdso(memory: &Memory, vmas: &[Vma], need: usize) -> Result<RemoteAddr> {
+/// Stands before the code, so that what a killed tracer has left there is known again and its place used again.
+pub const MARK: [u8; 8] = *b"torpor\x01\n";
+
+/// Where the code goes: after [`MARK`], in the tail of the vdso that nobody reads.
+fn tail_of_vdso(memory: &Memory, vmas: &[Vma], need: usize, instructions: &[u64]) -> Result<RemoteAddr> {
     let none = |why: &str| Error::Unsuitable {
         pid: memory.pid(),
         why: why.into(),
@@ -69,15 +75,25 @@ fn tail_of_vdso(memory: &Memory, vmas: &[Vma], need: usize) -> Result<RemoteAddr
         .iter()
         .find(|v| v.name == "[vdso]")
         .ok_or_else(|| none("it has no vdso to visit"))?;
+    let base = vdso.end - PAGE_SIZE;
     let mut page = [0u8; PAGE_SIZE as usize];
-    memory.read(vdso.end - PAGE_SIZE, &mut page)?;
+    memory.read(base, &mut page)?;
+    let left = (0..page.len()).step_by(64).find(|at| page[*at..].starts_with(&MARK));
     let used = page.iter().rposition(|b| *b != 0).map_or(0, |p| p + 1);
-    // Keep a distance from what may be a terminator of the image.
-    let start = (used + 64).next_multiple_of(64);
-    if start + need > page.len() {
+    let start = match left {
+        // A thread that is still on its way home needs what is there.
+        Some(at) if instructions.iter().any(|i| (base + at as u64..vdso.end).contains(i)) => {
+            return Err(none("it is still recovering from a tracer that was killed; try again"));
+        }
+        Some(at) => at,
+        // Keep a distance from what may be a terminator of the image.
+        None => (used + 64).next_multiple_of(64),
+    };
+    if start + MARK.len() + need > page.len() {
         return Err(none("its vdso has no free tail to visit"));
     }
-    Ok(vdso.end - PAGE_SIZE + start as u64)
+    memory.write(base + start as u64, &MARK)?;
+    Ok(base + (start + MARK.len()) as u64)
 }
 
 /// A free range in the middle of the largest hole: far from where the kernel places new mappings.
@@ -101,7 +117,7 @@ fn hole(vmas: &[Vma], len: u64) -> RemoteAddr {
 impl<'m> Door<'m> {
     /// Looks for the place, and for `table_len` bytes of address space that are free.
     pub fn find(host: Host, memory: &'m Memory, vmas: &[Vma], table_len: u64) -> Result<Door<'m>> {
-        let code = tail_of_vdso(memory, vmas, stub::visit().code.len())?;
+        let code = tail_of_vdso(memory, vmas, stub::visit().code.len(), &host.instructions)?;
         let is_free = |signal: &i32| host.busy_signals >> (signal - 1) & 1 == 0;
         let marker = MARKERS.into_iter().find(is_free).unwrap_or(0);
         let table = hole(vmas, table_len);
@@ -121,6 +137,7 @@ impl<'m> Door<'m> {
             pid,
             inner_pid,
             busy_signals: self.host.busy_signals,
+            instructions: Vec::new(),
         };
         Door {
             host,
@@ -164,7 +181,8 @@ impl<'m> Door<'m> {
 
     /// Removes the code, when nobody is inside any more.
     pub fn close(self) -> Result<()> {
-        self.memory.write(self.code, &vec![0; stub::visit().code.len()])
+        let len = MARK.len() + stub::visit().code.len();
+        self.memory.write(self.code - MARK.len() as u64, &vec![0; len])
     }
 
     fn constants(&self, inner_tid: Pid, regs: &Regs, mask: u64) -> Vec<u8> {
