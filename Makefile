@@ -101,7 +101,7 @@ fmt: $(STAMPS)/venv ## Format Rust and Python
 	$(BIN)/ruff format .
 
 .PHONY: bench
-bench: $(STAMPS)/installed ## Time run, checkpoint, pause and restore next to raw I/O
+bench: $(STAMPS)/installed ## The targets table, next to raw I/O; writes docs/benchmarks.md
 	$(BIN)/python benches/bench.py $(ARGS)
 
 .PHONY: soak
