@@ -56,7 +56,8 @@ fn copy(
     while at < range.end {
         cancel.check()?;
         let len = PIECE.min(range.end - at);
-        let data = Mapping::of(image.file(), run.offset + (at - run.start), len as usize).about(pid, "image")?;
+        let (file, offset) = image.stored(run.offset + (at - run.start))?;
+        let data = Mapping::of(file, offset, len as usize).about(pid, "image")?;
         // An area that never was writable is written to from outside.
         let done = if area.is_opened() {
             memory.scatter(at, data.bytes())

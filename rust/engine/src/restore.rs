@@ -68,7 +68,8 @@ pub fn restore(request: &Request, cancel: &Cancel, on_loaded: &mut dyn FnMut() -
         let image = Reader::open(&request.image_path)?;
         if request.background {
             // The pages are checked block by block, when they are needed.
-            pager::verify_until(&image, first_page(&image))?;
+            // Blobs lie before the pages: they are read while the processes are built.
+            pager::verify_until(&image, image.first_page())?;
         } else {
             image.verify()?;
         }
@@ -106,17 +107,6 @@ pub fn restore(request: &Request, cancel: &Cancel, on_loaded: &mut dyn FnMut() -
         warnings: inventory.warnings,
     };
     Ok(Restored { report, pager })
-}
-
-/// Where the first page is in the file: what lies before it is read while the processes are built.
-fn first_page(image: &Reader) -> u64 {
-    image
-        .runs()
-        .iter()
-        .filter(|r| !r.is_zero())
-        .map(|r| r.offset)
-        .min()
-        .unwrap_or(image.data_len())
 }
 
 /// A program whose pager was killed would find zeroes: a guard holds the descriptors too, and ends the container then.

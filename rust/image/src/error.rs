@@ -5,6 +5,8 @@ use std::path::{Path, PathBuf};
 
 use nix::errno::Errno;
 
+use crate::header::Parent;
+
 /// Why an image could not be written or read.
 ///
 /// Paths and everything that came out of a file are printed escaped, so that a message stays one line and cannot drive a terminal.
@@ -37,6 +39,45 @@ pub enum Error {
         path: PathBuf,
         section: String,
         detail: String,
+    },
+
+    /// The image that an image goes on from is not where it was.
+    #[error(
+        "{path:?} goes on from {parent:?}, which does not exist; put the image with uuid {} and digest {} there again",
+        wanted.uuid,
+        wanted.digest
+    )]
+    ParentMissing {
+        path: PathBuf,
+        parent: PathBuf,
+        wanted: Box<Parent>,
+    },
+
+    /// Where the parent of an image was is another one.
+    #[error(
+        "{path:?} goes on from {parent:?}, which has changed: it has digest {found}, not {}; put the image with uuid {} there again",
+        wanted.digest,
+        wanted.uuid
+    )]
+    ParentChanged {
+        path: PathBuf,
+        parent: PathBuf,
+        wanted: Box<Parent>,
+        found: String,
+    },
+
+    /// A chain of images does not end.
+    #[error("{path:?} has a parent too many: a chain has at most {limit} images; fold it into one with torpor squash", limit = crate::MAX_CHAIN)]
+    ChainTooLong { path: PathBuf },
+
+    /// The path of a parent cannot be kept in an image.
+    #[error(
+        "the parent path {parent:?} is not usable for {path:?}: {detail}; give a path relative to the directory of the image"
+    )]
+    ParentPath {
+        path: PathBuf,
+        parent: PathBuf,
+        detail: &'static str,
     },
 
     /// The file has a major format version that this program does not know.
@@ -117,6 +158,8 @@ impl Error {
             Error::NotADirectory { .. } => "usage",
             Error::Missing { .. } => "image-missing",
             Error::Corrupt { .. } => "image-corrupt",
+            Error::ParentMissing { .. } | Error::ParentChanged { .. } | Error::ChainTooLong { .. } => "image-parent",
+            Error::ParentPath { .. } => "usage",
             Error::Version { .. } | Error::Feature { .. } => "image-version",
             Error::Arch { .. } => "image-arch",
             Error::NoSpace { .. } => "no-space",
@@ -135,6 +178,10 @@ impl Error {
             | Error::NotADirectory { path }
             | Error::Missing { path }
             | Error::Corrupt { path, .. }
+            | Error::ParentMissing { path, .. }
+            | Error::ParentChanged { path, .. }
+            | Error::ChainTooLong { path }
+            | Error::ParentPath { path, .. }
             | Error::Version { path, .. }
             | Error::Feature { path, .. }
             | Error::Arch { path, .. }

@@ -16,7 +16,23 @@ use crate::layout::{DATA_START, HEADER_LEN, MAGIC, MAJOR, MINOR, PAGE_SIZE};
 const JSON_AT: usize = 16;
 const CHECKSUM_AT: usize = HEADER_LEN - 8;
 const MAX_TEXT: usize = 64;
+const MAX_PATH: usize = 1024;
 const PART: &str = "header";
+/// Required of the reader of an image that has a parent.
+pub(crate) const PARENT: &str = "parent";
+/// The abilities that this reader has.
+const KNOWN: [&str; 1] = [PARENT];
+
+/// The image that an image goes on from: known by its content, so that another one at the same place is refused.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Parent {
+    /// Its directory, relative to that of the image.
+    pub path: String,
+    /// Its total digest, as [`crate::Reader::digest`] returns it.
+    pub digest: String,
+    /// Its uuid.
+    pub uuid: String,
+}
 
 /// What the header page says about the image.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -34,6 +50,9 @@ pub struct HeaderInfo {
     /// Abilities that a reader must have to understand the image; one that lacks any of them refuses it.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub requires: Vec<String>,
+    /// The image in which the pages are that this one does not hold itself. Set by [`crate::Writer::create_child`].
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub parent: Option<Parent>,
     /// Keys that this version does not know.
     #[serde(flatten)]
     pub extra: BTreeMap<String, serde_json::Value>,
@@ -49,6 +68,7 @@ impl HeaderInfo {
             created: rfc3339(SystemTime::now()),
             torpor: version.to_owned(),
             requires: Vec::new(),
+            parent: None,
             extra: BTreeMap::new(),
         }
     }
@@ -71,7 +91,9 @@ impl HeaderInfo {
         let mut page = vec![0; HEADER_LEN];
         page[..8].copy_from_slice(&MAGIC);
         page[8..10].copy_from_slice(&MAJOR.to_le_bytes());
-        page[10..12].copy_from_slice(&MINOR.to_le_bytes());
+        // The lowest version that has what is in the image.
+        let minor = if self.requires.is_empty() { 0 } else { MINOR };
+        page[10..12].copy_from_slice(&minor.to_le_bytes());
         page[12..16].copy_from_slice(&(json.len() as u32).to_le_bytes());
         page[JSON_AT..JSON_AT + json.len()].copy_from_slice(&json);
         let sum = checksum::of(&page[..CHECKSUM_AT]);
@@ -117,8 +139,7 @@ impl HeaderInfo {
 
     /// Refuses an image that needs what this program does not know.
     pub(crate) fn check_known(&self, path: &Path) -> Result<(), Error> {
-        // Format 1.0 has no optional abilities.
-        match self.requires.first() {
+        match self.requires.iter().find(|word| !KNOWN.contains(&word.as_str())) {
             Some(feature) => Err(Error::Feature {
                 path: path.to_path_buf(),
                 section: PART.to_owned(),
@@ -171,6 +192,26 @@ impl HeaderInfo {
             {
                 return Err(format!("{key} is not a short printable text"));
             }
+        }
+        if self.parent.is_some() != self.requires.iter().any(|word| word == PARENT) {
+            return Err("parent without requiring it, or the other way round".to_owned());
+        }
+        self.parent.as_ref().map_or(Ok(()), Parent::check)
+    }
+}
+
+impl Parent {
+    fn check(&self) -> Result<(), String> {
+        let path = &self.path;
+        if path.is_empty() || path.len() > MAX_PATH || path.starts_with('/') || path.contains(char::is_control) {
+            return Err(format!(
+                "the path of the parent is not a relative one of at most {MAX_PATH} bytes"
+            ));
+        }
+        let is_digest = self.digest.len() == 32 && self.digest.bytes().all(|b| b.is_ascii_hexdigit());
+        let is_uuid = (1..=MAX_TEXT).contains(&self.uuid.len()) && self.uuid.bytes().all(|b| b.is_ascii_graphic());
+        if !is_digest || !is_uuid {
+            return Err("digest or uuid of the parent is not one".to_owned());
         }
         Ok(())
     }
@@ -251,10 +292,7 @@ mod tests {
         info.extra.insert("mood".to_owned(), serde_json::json!({"calm": true}));
         let page = info.encode(Path::new("x")).unwrap();
         assert_eq!(page.len(), HEADER_LEN);
-        assert_eq!(
-            HeaderInfo::decode(&page, Path::new("x")).unwrap(),
-            (info.clone(), MINOR)
-        );
+        assert_eq!(HeaderInfo::decode(&page, Path::new("x")).unwrap(), (info.clone(), 0));
         assert_eq!(info.uuid.len(), 36);
         assert_ne!(info.uuid, HeaderInfo::new("0.1.0").uuid);
     }

@@ -6,8 +6,8 @@ use serde::{Deserialize, Serialize};
 pub const FILE_NAME: &str = "checkpoint.img";
 /// Format version written by this crate. Readers refuse another major and accept any minor.
 pub const MAJOR: u16 = 1;
-/// See [`MAJOR`].
-pub const MINOR: u16 = 0;
+/// The newest minor version that this crate knows, see [`MAJOR`]. An image has the lowest that describes it.
+pub const MINOR: u16 = 1;
 /// The unit of the page area: alignment and length of a page run.
 pub const PAGE_SIZE: u32 = 4096;
 /// One checksum covers this many bytes of the data area.
@@ -20,6 +20,8 @@ pub const MAX_JSON: u64 = 256 << 20;
 pub const MAX_RUNS: u64 = 1 << 26;
 /// Most sections, the page index included.
 pub const MAX_SECTIONS: u32 = 1024;
+/// Most images in a chain: the image itself, its parent, and so on.
+pub const MAX_CHAIN: usize = 128;
 /// Most bytes in the name of a section.
 pub const MAX_NAME: usize = 32;
 
@@ -36,6 +38,8 @@ pub(crate) const TRAILER_LEN: usize = 64;
 pub(crate) const TRAILER_DIGESTED: usize = 32;
 /// Blobs, sections and the footer begin at multiples of this.
 pub(crate) const ALIGN: u64 = 8;
+/// The bits of an offset from here on up number the image of the chain that it is in.
+pub(crate) const LINK_SHIFT: u32 = 48;
 pub(crate) const INDEX_NAME: &str = "pages";
 
 /// Readers that do not know the kind of a section with this flag must refuse the image.
@@ -43,6 +47,11 @@ pub(crate) const SECTION_MUST_KNOW: u32 = 1;
 
 pub(crate) fn align_up(offset: u64, align: u64) -> u64 {
     offset.next_multiple_of(align)
+}
+
+/// Which image of the chain an offset is in, and the offset there.
+pub(crate) fn link_of(offset: u64) -> (usize, u64) {
+    ((offset >> LINK_SHIFT) as usize, offset & ((1 << LINK_SHIFT) - 1))
 }
 
 fn u32_at(bytes: &[u8], at: usize) -> u32 {
@@ -77,7 +86,8 @@ pub struct PageRun {
     pub start: u64,
     /// Length in pages, at least one.
     pub pages: u64,
-    /// File offset of the first page, in the data area; 0 in a run without data.
+    /// Where the first page is in the data area; 0 in a run without data. The upper 16 bits say in which image of the chain: 0 for
+    /// this one, 1 for its parent, 2 for the parent's parent. [`crate::Reader`] takes such offsets in all its methods.
     pub offset: u64,
     /// See [`PageRun::ZERO`]; all other bits are 0.
     pub flags: u32,
@@ -116,6 +126,11 @@ impl PageRun {
         self.flags & Self::ZERO != 0
     }
 
+    /// In which image of the chain the pages are: 0 for this one, 1 for its parent.
+    pub fn link(&self) -> usize {
+        link_of(self.offset).0
+    }
+
     /// Length in bytes.
     pub fn bytes(&self) -> u64 {
         self.pages.saturating_mul(PAGE)
@@ -146,8 +161,23 @@ impl PageRun {
         }
     }
 
-    /// Checks the record by itself against a data area that ends at `data_end`. Says what is wrong.
-    pub(crate) fn check(&self, data_end: u64) -> Result<(), &'static str> {
+    /// The part of this run from `start` to `end`, which overlaps it.
+    pub(crate) fn part(&self, start: u64, end: u64) -> PageRun {
+        let (start, end) = (start.max(self.start), end.min(self.end()));
+        PageRun {
+            start,
+            pages: (end - start) / PAGE,
+            offset: if self.is_zero() {
+                0
+            } else {
+                self.offset + (start - self.start)
+            },
+            ..*self
+        }
+    }
+
+    /// Checks the record by itself. Says what is wrong.
+    pub(crate) fn check(&self) -> Result<(), &'static str> {
         if self.flags & !Self::KNOWN != 0 {
             return Err("unknown flags");
         }
@@ -158,21 +188,26 @@ impl PageRun {
         if self.start % PAGE != 0 || self.start.checked_add(bytes).is_none() {
             return Err("address out of range or not aligned to a page");
         }
-        if self.is_zero() {
-            return if self.offset == 0 {
-                Ok(())
-            } else {
-                Err("zero pages with an offset")
-            };
+        if self.is_zero() && self.offset != 0 {
+            return Err("zero pages with an offset");
         }
         if self.offset % PAGE != 0 {
             return Err("offset not aligned to a page");
         }
-        let end = self.offset.checked_add(bytes).ok_or("offset out of range")?;
-        if self.offset < DATA_START || end > data_end {
-            return Err("pages outside the data area");
-        }
         Ok(())
+    }
+
+    /// Checks that the pages are in a data area: `ends` are the ends of those of the chain. The record was checked by itself.
+    pub(crate) fn check_place(&self, ends: &[u64]) -> Result<(), &'static str> {
+        if self.is_zero() {
+            return Ok(());
+        }
+        let (link, offset) = link_of(self.offset);
+        let data_end = *ends.get(link).ok_or("pages in an image that is not in the chain")?;
+        match offset.checked_add(self.bytes()) {
+            Some(end) if offset >= DATA_START && end <= data_end => Ok(()),
+            _ => Err("pages outside the data area"),
+        }
     }
 
     /// Appends `next` to this run if it goes on where this one ends, in memory and in the file.
@@ -374,10 +409,13 @@ mod tests {
     #[test]
     fn runs_outside_the_data_area_are_refused() {
         let end = DATA_START + 4 * PAGE;
-        let check = |run: PageRun| run.check(end);
+        let check = |run: PageRun| run.check().and_then(|()| run.check_place(&[end, end + PAGE]));
         assert!(check(PageRun::data(0, 0, DATA_START, 4)).is_ok());
         assert!(check(PageRun::data(0, 0, DATA_START, 5)).is_err());
         assert!(check(PageRun::data(0, 0, 0, 1)).is_err());
+        let parents = |pages| PageRun::data(0, 0, (1 << LINK_SHIFT) + DATA_START, pages);
+        assert!(check(parents(5)).is_ok() && check(parents(6)).is_err());
+        assert!(check(PageRun::data(0, 0, (2 << LINK_SHIFT) + DATA_START, 1)).is_err());
         assert!(check(PageRun::data(0, 0, DATA_START + 1, 1)).is_err());
         assert!(check(PageRun::data(0, 1, DATA_START, 1)).is_err());
         assert!(check(PageRun::data(0, 0, DATA_START, 0)).is_err());

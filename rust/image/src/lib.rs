@@ -4,6 +4,9 @@
 //! complete and on disk; [`Reader`] refuses whatever is not exactly what a writer wrote. What the bytes mean is the engine's business:
 //! this crate knows pages, blobs, named JSON sections and the index that says which page belongs where.
 //!
+//! An image can go on from another, its parent: it then holds only what is new, and its index names the pages of the parent that are
+//! still right. [`Writer::create_child`] makes one, [`Writer::inherit`] takes pages over, and [`Reader`] reads a chain as one image.
+//!
 //! `docs/image-format.md` describes every byte and the rules by which the format may grow.
 #![forbid(unsafe_code)]
 #![cfg_attr(
@@ -15,10 +18,12 @@
     )
 )]
 
+mod chain;
 mod checksum;
 mod error;
 mod header;
 mod layout;
+mod link;
 mod place;
 mod read;
 #[cfg(test)]
@@ -27,10 +32,10 @@ mod write;
 mod writeback;
 
 pub use error::Error;
-pub use header::HeaderInfo;
+pub use header::{HeaderInfo, Parent};
 pub use layout::{
-    BLOCK_SIZE, BlobRef, FILE_NAME, MAJOR, MAX_DATA, MAX_JSON, MAX_NAME, MAX_RUNS, MAX_SECTIONS, MINOR, PAGE_SIZE,
-    PageRun, SectionInfo, SectionKind,
+    BLOCK_SIZE, BlobRef, FILE_NAME, MAJOR, MAX_CHAIN, MAX_DATA, MAX_JSON, MAX_NAME, MAX_RUNS, MAX_SECTIONS, MINOR,
+    PAGE_SIZE, PageRun, SectionInfo, SectionKind,
 };
-pub use read::{BlobReader, MAX_BLOB_IN_MEMORY, Reader};
+pub use read::{BlobReader, MAX_BLOB_IN_MEMORY, Member, Reader};
 pub use write::{Committed, Writer};

@@ -3,17 +3,20 @@
 use std::fs::File;
 use std::io::{self, Read, Write};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use serde::Serialize;
 
+use crate::chain;
 use crate::checksum::{self, BlockTable, Rolling};
 use crate::error::Error;
-use crate::header::HeaderInfo;
+use crate::header::{HeaderInfo, PARENT, Parent};
 use crate::layout::{
-    ALIGN, BLOCK_SIZE, BlobRef, DATA_START, FILE_NAME, INDEX_NAME, MAX_DATA, MAX_JSON, MAX_RUNS, MAX_SECTIONS, PAGE,
-    PageRun, SectionInfo, SectionKind, TRAILER_DIGESTED, Trailer, align_up, is_name,
+    ALIGN, BLOCK_SIZE, BlobRef, DATA_START, FILE_NAME, INDEX_NAME, LINK_SHIFT, MAX_CHAIN, MAX_DATA, MAX_JSON, MAX_RUNS,
+    MAX_SECTIONS, PAGE, PageRun, SectionInfo, SectionKind, TRAILER_DIGESTED, Trailer, align_up, is_name,
 };
 use crate::place::{Naming, Place};
+use crate::read::Reader;
 use crate::writeback::Writeback;
 
 /// Pieces up to this size are gathered into larger writes; what is larger goes to the kernel from where it lies.
@@ -45,6 +48,7 @@ pub struct Writer {
     header: Vec<u8>,
     sections: Vec<(String, Vec<u8>)>,
     runs: Vec<PageRun>,
+    parent: Option<Arc<Reader>>,
     /// A write failed: what is in the file is not known.
     broken: bool,
 }
@@ -61,23 +65,102 @@ impl Writer {
     }
 
     pub(crate) fn create_with(dir: &Path, info: &HeaderInfo, naming: Naming) -> Result<Writer, Error> {
+        // Before the directory is touched: what is wrong with it is wrong anywhere.
         let header = info.encode(&dir.join(FILE_NAME))?;
-        let place = Place::claim(dir, naming)?;
+        Writer::begin(Place::claim(dir, naming)?, header, None)
+    }
+
+    /// As [`Writer::create`], for an image that goes on from the one in the directory `parent`, a path relative to `dir`.
+    ///
+    /// The new image names its parent by digest and uuid. It holds the data that is appended, and [`Writer::inherit`] takes pages of the
+    /// parent, or of what that goes on from, into its index. A page that is in no run of the new index is not in the new image: what
+    /// the parent says of it does not count.
+    ///
+    /// # Errors
+    /// As [`Writer::create`], and as [`Reader::open`] for the parent. [`Error::ParentPath`] if the path is not relative or not UTF-8;
+    /// [`Error::ChainTooLong`].
+    pub fn create_child(dir: &Path, mut info: HeaderInfo, parent: &Path) -> Result<Writer, Error> {
+        let target = dir.join(FILE_NAME);
+        let unusable = |detail| Error::ParentPath {
+            path: target.clone(),
+            parent: parent.to_path_buf(),
+            detail,
+        };
+        let path = parent.to_str().ok_or_else(|| unusable("it is not UTF-8"))?;
+        if parent.is_absolute() || path.is_empty() {
+            return Err(unusable("it is not relative"));
+        }
+        // The kernel finds `../x` only from a directory that exists.
+        let place = Place::claim(dir, Naming::Nameless)?;
+        let reader = Reader::open(&chain::place(&target, path))?;
+        if reader.chain().len() >= MAX_CHAIN {
+            return Err(Error::ChainTooLong { path: target });
+        }
+        info.requires.push(PARENT.to_owned());
+        info.parent = Some(Parent {
+            path: path.to_owned(),
+            digest: reader.digest(),
+            uuid: reader.header().uuid.clone(),
+        });
+        let header = info.encode(&target)?;
+        Writer::begin(place, header, Some(Arc::new(reader)))
+    }
+
+    fn begin(place: Place, header: Vec<u8>, parent: Option<Arc<Reader>>) -> Result<Writer, Error> {
         let mut writer = Writer {
             place,
             writeback: Writeback::new(),
             buffer: Vec::with_capacity(BUFFER),
             position: 0,
             blocks: BlockTable::new(),
-            header,
+            header: Vec::new(),
             sections: Vec::new(),
             runs: Vec::new(),
+            parent,
             broken: false,
         };
-        let header = std::mem::take(&mut writer.header);
         writer.put(&header)?;
         writer.header = header;
         Ok(writer)
+    }
+
+    /// The image that this one goes on from.
+    pub fn parent(&self) -> Option<&Arc<Reader>> {
+        self.parent.as_ref()
+    }
+
+    /// Adds to the index that the `pages` pages of the space `to.0` from address `to.1` on are those that the parent has in the space
+    /// `from.0` from address `from.1` on. Zero pages stay zero pages, and what the parent does not hold is left out here too. Returns
+    /// how many pages with data that are.
+    ///
+    /// # Errors
+    /// [`Error::Misuse`] if there is no parent, or an address is not that of a page.
+    pub fn inherit(&mut self, from: (u32, u64), to: (u32, u64), pages: u64) -> Result<u64, Error> {
+        let target = self.place.target().to_path_buf();
+        let misuse = |detail: &str| Error::misuse(&target, "page index", detail);
+        let parent = self.parent.clone().ok_or_else(|| misuse("there is no parent"))?;
+        if from.1 % PAGE != 0 || to.1 % PAGE != 0 {
+            return Err(misuse("inherited from or to an address that is not that of a page"));
+        }
+        let mut taken = 0;
+        for run in parent.runs_in(from.0, from.1, pages) {
+            let start = to.1.checked_add(run.start - from.1);
+            let start = start.ok_or_else(|| misuse("inherited to addresses that do not exist"))?;
+            if !run.is_zero() {
+                taken += run.pages;
+            }
+            self.push_run(PageRun {
+                space: to.0,
+                start,
+                offset: if run.is_zero() {
+                    0
+                } else {
+                    run.offset + (1 << LINK_SHIFT)
+                },
+                ..run
+            });
+        }
+        Ok(taken)
     }
 
     /// Appends whole pages and returns the file offset of the first, for a [`PageRun`].
@@ -240,6 +323,8 @@ impl Writer {
         self.runs.sort_unstable();
         self.runs.dedup_by(|next, last| last.absorb(next));
         let path = self.place.target();
+        let mut ends = vec![data_end];
+        ends.extend(self.parent.iter().flat_map(|parent| parent.data_ends()));
         if self.runs.len() as u64 > MAX_RUNS {
             let count = self.runs.len() as u64;
             return Err(Error::TooLarge {
@@ -255,7 +340,7 @@ impl Writer {
             let checked = if overlap {
                 Err("overlaps the run before it")
             } else {
-                run.check(data_end)
+                run.check().and_then(|()| run.check_place(&ends))
             };
             checked.map_err(|detail| Error::misuse(path, "page index", format!("{detail}: {run:?}")))?;
             previous = Some(run);

@@ -6,7 +6,7 @@ mod image;
 mod support;
 
 use std::fs;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use support::Scratch;
 use torpor_image::{MINOR, Reader};
@@ -53,12 +53,33 @@ fn version_1_is_read() {
 /// A change of the bytes that a writer makes is a new version, and a new golden image beside this one.
 #[test]
 fn version_1_0_is_still_what_is_written() {
-    assert_eq!(
-        MINOR, 0,
-        "add the golden image of the new version, and compare with that one"
-    );
     let scratch = Scratch::new();
     let committed = image::write(scratch.path()).unwrap();
     let old = fs::read(golden("v1").join("checkpoint.img")).unwrap();
     assert!(fs::read(committed.path).unwrap() == old);
+}
+
+/// A parent, its child and the child's child, of version 1.1.
+#[test]
+fn version_1_1_is_read_and_still_what_is_written() {
+    assert_eq!(
+        MINOR, 1,
+        "add the golden image of the new version, and compare with that one"
+    );
+    let reader = Reader::open_foreign(&golden("v1.1/last")).unwrap();
+    reader.verify().unwrap();
+    assert_eq!(reader.version(), (1, 1));
+    assert_eq!(reader.chain().len(), 3);
+    assert_eq!(reader.runs(), image::chained_runs());
+    for (run, seed) in reader.runs().iter().zip([5, 4, 3]) {
+        let mut bytes = vec![0; 4096];
+        reader.read_at(run.offset, &mut bytes).unwrap();
+        assert_eq!(bytes, image::page(seed));
+    }
+    let scratch = Scratch::new();
+    image::write_chain(scratch.path()).unwrap();
+    for name in ["first", "middle", "last"] {
+        let file = |dir: &Path| fs::read(dir.join(name).join("checkpoint.img")).unwrap();
+        assert!(file(scratch.path()) == file(&golden("v1.1")), "{name}");
+    }
 }

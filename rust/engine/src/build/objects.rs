@@ -72,7 +72,8 @@ fn fill(file: &OwnedFd, image: &Reader, space: u32, size: u64) -> Result<()> {
         .map_err(|e| torpor_sys::Error::io("dup", "shared object", &e));
     let file = std::fs::File::from(file.about(1, "shared object")?);
     for run in image.runs_of(space).iter().filter(|r| !r.is_zero()) {
-        let data = Mapping::of(image.file(), run.offset, (run.pages * PAGE_SIZE) as usize).about(1, "image")?;
+        let (stored, offset) = image.stored(run.offset)?;
+        let data = Mapping::of(stored, offset, (run.pages * PAGE_SIZE) as usize).about(1, "image")?;
         let len = data.bytes().len().min(size.saturating_sub(run.start) as usize);
         file.write_all_at(&data.bytes()[..len], run.start)
             .map_err(|e| torpor_sys::Error::io("write", "shared object", &e))

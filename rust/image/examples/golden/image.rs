@@ -1,4 +1,4 @@
-//! The image of `tests/golden/v1`: everything that format 1.0 has, with the same bytes on every machine and every day.
+//! The images of `tests/golden`: `v1` has everything that format 1.0 has, `v1.1` is a chain of three, with the same bytes on every machine and every day.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -29,6 +29,7 @@ pub fn header() -> HeaderInfo {
         created: "2026-11-24T12:00:00Z".to_owned(),
         torpor: "0.1.0".to_owned(),
         requires: Vec::new(),
+        parent: None,
         extra: BTreeMap::new(),
     }
 }
@@ -74,4 +75,38 @@ pub fn write(dir: &Path) -> Result<Committed, Error> {
     writer.add_section("metadata", &metadata)?;
     writer.add_section("container", &container())?;
     writer.commit()
+}
+
+/// The index of the last image of the chain: a page of its own, one of its parent, one of the parent's parent.
+#[allow(dead_code, reason = "only the test compares it")]
+pub fn chained_runs() -> [PageRun; 3] {
+    [
+        PageRun::data(1, 0x40_0000, 0x1000, 1),
+        PageRun::data(1, 0x40_1000, 0x0001_0000_0000_1000, 1),
+        PageRun::data(3, 0x7fff_f000_0000, 0x0002_0000_0000_4000, 1),
+    ]
+}
+
+/// Writes the chain into the directories `first`, `middle` and `last` of `dir`.
+pub fn write_chain(dir: &Path) -> Result<(), Error> {
+    write(&dir.join("first"))?;
+    let child = |name: &str, parent: &str, number: u8| {
+        let info = HeaderInfo {
+            uuid: format!("6f1c2f0e-5d0c-4c55-9c3e-0d6b7f1d2a1{number}"),
+            ..header()
+        };
+        Writer::create_child(&dir.join(name), info, parent.as_ref())
+    };
+    let mut middle = child("middle", "../first", 2)?;
+    let own = middle.append_pages(&page(4))?;
+    middle.push_run(PageRun::data(1, 0x40_1000, own, 1));
+    middle.inherit((1, 0x7fff_f000_0000), (1, 0x7fff_f000_0000), 16)?;
+    middle.commit()?;
+    let mut last = child("last", "../middle", 3)?;
+    let own = last.append_pages(&page(5))?;
+    last.push_run(PageRun::data(1, 0x40_0000, own, 1));
+    last.inherit((1, 0x40_1000), (1, 0x40_1000), 1)?;
+    last.inherit((1, 0x7fff_f000_0000), (3, 0x7fff_f000_0000), 1)?;
+    last.commit()?;
+    Ok(())
 }
