@@ -118,8 +118,15 @@ fn main() {
         while file.read(&mut buffer).unwrap() > 0 {}
     };
     report("plain read, in the page cache, one thread", len, time(plain));
-    let evict =
-        || nix::fcntl::posix_fadvise(reader.file(), 0, 0, nix::fcntl::PosixFadviseAdvice::POSIX_FADV_DONTNEED).unwrap();
+    let evict = || {
+        nix::fcntl::posix_fadvise(
+            reader.stored(4096).unwrap().0,
+            0,
+            0,
+            nix::fcntl::PosixFadviseAdvice::POSIX_FADV_DONTNEED,
+        )
+        .unwrap()
+    };
     let mut cold = Vec::new();
     for _ in 0..ROUNDS {
         evict();
