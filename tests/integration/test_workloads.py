@@ -1,6 +1,7 @@
 """Every workload through every way of checkpoint and restore. Each one checks itself: see tests/workloads/."""
 
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -171,6 +172,33 @@ def test_the_counter_goes_on_where_it_was(stage: Callable[[str], Stage], tmp: Pa
     again.restore_from(tmp / "image")
     count = int(again.verify().split()[1])
     assert stopped_at - 1 <= count <= stopped_at + 20, "it began anew, or the time it slept was counted"
+
+
+@pytest.mark.requires("time-namespace")
+def test_the_clocks_rest_while_it_does_not_exist(stage: Callable[[str], Stage], tmp: Path) -> None:
+    """Twice, since the second image is made in a time namespace."""
+    play = stage("clocks")
+    c = play.start()
+    c.verify()
+    for i in range(2):
+        before = shown(c)
+        checkpoint_and_stop(c, tmp / f"image{i}")
+        c.delete()
+        asleep = 1.5
+        time.sleep(asleep)
+        c = play.successor(c)
+        result = c.restore_from(tmp / f"image{i}")
+        assert "monotonic" not in result.err
+        c.verify()
+        real, monotonic, boottime = (b - a for a, b in zip(before, shown(c), strict=True))
+        assert 0 < monotonic <= real - asleep and 0 < boottime <= real - asleep, (real, monotonic, boottime)
+    inside = c.torpor("exec", c.id, "cat", "/proc/uptime").out.split()[0]
+    assert abs(float(inside) - shown(c)[2]) < asleep, "a process of exec has the same clocks"
+
+
+def shown(c: Container) -> list[float]:
+    """What the clocks workload has seen at last: CLOCK_REALTIME, CLOCK_MONOTONIC, CLOCK_BOOTTIME, in seconds."""
+    return [float(word) for word in (c.bundle / "rootfs" / "clocks").read_text().split()]
 
 
 @pytest.mark.timeout(600)

@@ -16,8 +16,8 @@ use torpor_sys::{Pid, kcmp};
 use crate::error::{About, Error, Result};
 use crate::freeze::{Frozen, FrozenProcess};
 use crate::kinds::{
-    console, cpu, creds, files, fs, ipc, memory, mounts, paths, posix_timers, seccomp, settings, signals, tasks,
-    timers, tmpfs, vdso,
+    clocks, console, cpu, creds, files, fs, ipc, memory, mounts, paths, posix_timers, seccomp, settings, signals,
+    tasks, timers, tmpfs, vdso,
 };
 use crate::model::{Body, Inventory, Process, Thread};
 
@@ -74,7 +74,10 @@ pub fn collect(frozen: &Frozen, blob: &mut dyn FnMut(&[u8]) -> Result<BlobRef>) 
         .first()
         .map(|p| p.pid)
         .ok_or_else(|| Error::nonsense("no process"))?;
-    let mut inventory = Inventory::default();
+    let mut inventory = Inventory {
+        clocks: Some(clocks::collect(init)?),
+        ..Inventory::default()
+    };
     let view = paths::View::of(init)?;
     ipc::check(init)?;
     let mounts = mounts::Table::of(init)?;
@@ -234,6 +237,16 @@ fn check_namespaces(pid: Pid, init: Pid) -> Result<()> {
         };
         if own != its {
             let why = "it has one of its own, which is not carried yet";
+            return Err(Error::unsupported(pid, format!("{kind} namespace"), why, ""));
+        }
+    }
+    for kind in ["pid", "time"] {
+        let of_children = format!("{kind}_for_children");
+        let (Ok(own), Ok(its)) = (proc::namespace(pid, &of_children), proc::namespace(pid, kind)) else {
+            continue;
+        };
+        if own != its {
+            let why = "its children would be born in another one, which is not carried";
             return Err(Error::unsupported(pid, format!("{kind} namespace"), why, ""));
         }
     }

@@ -17,6 +17,9 @@ pub struct Inventory {
     pub objects: kinds::objects::Objects,
     /// The kernel's vdso and data pages, as far as a restore must find them again.
     pub vdso: kinds::vdso::State,
+    /// What the monotonic clocks showed; `None` in an image that does not tell.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub clocks: Option<kinds::clocks::State>,
     /// Where what is mounted.
     #[serde(default)]
     pub mounts: Vec<kinds::mounts::State>,

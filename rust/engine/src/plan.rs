@@ -9,7 +9,7 @@ use torpor_sys::proc::{self, Limits};
 
 use crate::error::{About, Error, Result};
 use crate::kinds::files::Object;
-use crate::kinds::{creds, mounts, settings, timerfd, vdso};
+use crate::kinds::{clocks, creds, mounts, settings, timerfd, vdso};
 use crate::model::{Body, Inventory, Process};
 
 /// What the new container's spec grants at most.
@@ -109,6 +109,7 @@ impl Bounds {
 /// The first reason why the image cannot be restored into the waiting process `init`.
 pub fn plan(inventory: &Inventory, init: Pid, bounds: &Bounds) -> Result<()> {
     shape(inventory)?;
+    inventory.clocks.as_ref().map_or(Ok(()), clocks::plan)?;
     mounts::plan(&inventory.mounts, init)?;
     let me = std::process::id() as Pid;
     let memory = Memory::open(me).about(me, "own memory")?;

@@ -85,6 +85,7 @@ pub fn restore(request: &Request, cancel: &Cancel, on_loaded: &mut dyn FnMut() -
     let (skeleton, objects) = run.stage(Stage::Build, || {
         build::build(&inventory, &image, request.pid, &bounds, cancel)
     })?;
+    let mut warnings = inventory.warnings.clone();
     let (bytes, pager) = run.stage(Stage::Fill, || {
         let waits = |area: &Area| request.background && area.can_wait();
         let bytes = fill::fill(&skeleton, &inventory, &image, cancel, |area| !waits(area))?;
@@ -96,6 +97,11 @@ pub fn restore(request: &Request, cancel: &Cancel, on_loaded: &mut dyn FnMut() -
         Ok((bytes, pager))
     })?;
     run.stage(Stage::Resume, || {
+        let mut skeleton = skeleton;
+        warnings.extend(skeleton.enter_time(&inventory)?);
+        for process in &inventory.processes {
+            skeleton.grow_threads(process)?;
+        }
         resume(skeleton, objects, &inventory, &image, on_loaded)
     })?;
     let report = Report {
@@ -104,7 +110,7 @@ pub fn restore(request: &Request, cancel: &Cancel, on_loaded: &mut dyn FnMut() -
         bytes,
         background: pager.is_some(),
         stages: run.timings(),
-        warnings: inventory.warnings,
+        warnings,
     };
     Ok(Restored { report, pager })
 }

@@ -19,6 +19,7 @@ pub mod proc;
 pub mod ptrace;
 pub mod remote;
 pub mod socket;
+pub mod timens;
 pub mod tree;
 pub mod uffd;
 pub mod wait;

@@ -4,6 +4,7 @@
 //! and everything else grows from it: children by clone3(2) with their old ids, then each process's files,
 //! mappings and settings. All of it carries PTRACE_O_EXITKILL: half a container never outlives its tracer.
 
+mod clock;
 mod descriptors;
 mod late;
 mod missing;

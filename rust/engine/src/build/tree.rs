@@ -58,9 +58,6 @@ impl Skeleton {
         for process in inventory.processes.iter().filter(|p| p.zombie.is_some()) {
             self.end_zombie(process)?;
         }
-        for process in inventory.processes.iter() {
-            self.grow_threads(process)?;
-        }
         Ok(())
     }
 
@@ -261,7 +258,8 @@ impl Skeleton {
             .map(drop)
     }
 
-    fn grow_threads(&mut self, process: &Process) -> Result<()> {
+    /// Makes the other threads of a process.
+    pub fn grow_threads(&mut self, process: &Process) -> Result<()> {
         let Some(body) = &process.body else { return Ok(()) };
         // Each clone takes two pieces of the table.
         for group in body.threads[1..].chunks(1000) {

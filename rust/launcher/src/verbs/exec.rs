@@ -1,5 +1,6 @@
 //! `exec`: one more process in a running container.
 
+use std::fmt::Display;
 use std::fs::{self, File};
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
@@ -9,6 +10,7 @@ use libcontainer::container::{ContainerStatus, State};
 use libcontainer::oci_spec::runtime::{LinuxNamespaceType, Process};
 use libcontainer::seccomp::is_notify;
 use libcontainer::syscall::syscall::SyscallType;
+use nix::sched::{CloneFlags, setns};
 use nix::sys::stat::{Mode, umask};
 use nix::unistd::Pid;
 use serde_json::json;
@@ -62,6 +64,7 @@ pub fn run(flags: &Flags, report: &mut Report) -> Result<i32, Error> {
     let plan = plan(&layout, &record, init, &process, sink)?;
     let desk = Desk::set_up(&layout, init, &spec::all_powerful(&process, outside))?;
     let guest = Guest::of(&record.cgroup);
+    join_time(init)?;
     let built = ContainerBuilder::new(layout.id().to_owned(), SyscallType::default())
         .with_executor(Workload::new(plan))
         .with_preserved_fds(preserve)
@@ -85,6 +88,18 @@ pub fn run(flags: &Flags, report: &mut Report) -> Result<i32, Error> {
         return Ok(supervise::wait(pid));
     }
     Ok(0)
+}
+
+/// A restored container has clocks of its own, which its spec does not tell: whoever is made from here on has them too.
+fn join_time(init: Init) -> Result<(), Error> {
+    let own = fs::read_link("/proc/self/ns/time");
+    let path = format!("/proc/{}/ns/time", init.pid);
+    if fs::read_link(&path).ok() == own.ok() {
+        return Ok(());
+    }
+    let failed = |error: &dyn Display| Error::Container(format!("joining the container's time namespace: {error}"));
+    let namespace = File::open(&path).map_err(|error| failed(&error))?;
+    setns(namespace, CloneFlags::from_bits_retain(libc::CLONE_NEWTIME)).map_err(|error| failed(&error))
 }
 
 /// The process runs already and cannot be taken back, so a report that nobody reads changes nothing.
