@@ -205,5 +205,10 @@ fn a_traced_process_is_refused_by_name() {
     );
     fork::kill(tracer, 9).unwrap();
     fork::wait_child(tracer).unwrap();
+    // It was let go a moment ago and has to fall asleep again.
+    let end = std::time::Instant::now() + Duration::from_secs(10);
+    while state(subject.pid()) == 'R' && std::time::Instant::now() < end {
+        std::thread::sleep(Duration::from_millis(1));
+    }
     assert_eq!(state(subject.pid()), 'S');
 }
