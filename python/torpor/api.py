@@ -132,6 +132,8 @@ def restore(
     root: str | None = None,
     network: str = "sandbox",
     systemd_cgroup: bool = False,
+    background: bool = False,
+    record_working_set: bool = False,
 ) -> Container:
     """Wake up an image in a new container. The same image can be restored any number of times, also at once.
 
@@ -139,6 +141,10 @@ def restore(
         image: the directory that `checkpoint` wrote to, or what it returned.
         container_id: made up when it is not given.
         bundle: where the container's files are; not needed for one that was made without.
+        background: let the program run at once and bring its memory while it runs; `Container.wait_restored` waits for
+            the end of it.
+        record_working_set: with `background`, note beside the image what the program touches first; the next
+            restore in the background brings that first.
 
     Raises:
         ImageError: the image is missing, damaged, of another version or another machine.
@@ -163,7 +169,11 @@ def restore(
         container_id,
         what,
         create.Options(
-            console_socket=console_socket, pid_file=pid_file, stdio=stdio_of(stdin, stdout, stderr), supervise=True
+            console_socket=console_socket,
+            pid_file=pid_file,
+            stdio=stdio_of(stdin, stdout, stderr),
+            supervise=True,
+            filling=create.Filling(background=background, record_working_set=record_working_set),
         ),
         directory,
     )

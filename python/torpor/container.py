@@ -365,6 +365,17 @@ class Container:
     # ---- its end
     # ------------------------------------------------------------------------------------------------------------------
 
+    def wait_restored(self) -> dict[str, Any]:
+        """Wait until a restore in the background has brought all memory. What it took: faults that were served, bytes,
+        blocks that were brought first, ...; empty when there was none.
+
+        Raises:
+            ImageError: `image-corrupt`, a part of the image could not be read: whoever touches that part gets SIGBUS.
+        """
+        from . import pager
+
+        return pager.wait(self.home)
+
     def wait(self, timeout: float | None = None) -> int | None:
         """Wait until the container has ended and return its exit code, 128 + N when signal N killed it.
 

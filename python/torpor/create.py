@@ -26,13 +26,31 @@ if TYPE_CHECKING:
     from .plan import Plan
 
 
+class Filling:
+    """How a restore brings memory."""
+
+    __slots__ = ("background", "record_working_set")
+
+    def __init__(self, *, background: bool = False, record_working_set: bool = False) -> None:
+        # The program runs before its memory is there.
+        self.background = background
+        # What it touches first is noted beside the image, and brought first by the next one.
+        self.record_working_set = record_working_set
+        if record_working_set and not background:
+            raise UsageError(
+                "--record-working-set needs --background: it records what the program waits for",
+                code="bad-flag",
+                object="--record-working-set",
+            )
+
+
 class Options:
     """How a container is started, apart from what it is."""
 
     __slots__ = (
-        "background",
         "committed",
         "console_socket",
+        "filling",
         "no_new_keyring",
         "no_pivot",
         "pid_file",
@@ -54,7 +72,7 @@ class Options:
         stdio: Stdio | None = None,
         supervise: bool = False,
         committed: Callable[[int], None] | None = None,
-        background: bool = False,
+        filling: Filling | None = None,
     ) -> None:
         self.console_socket = console_socket
         self.pid_file = pid_file
@@ -64,8 +82,7 @@ class Options:
         self.no_new_keyring = no_new_keyring
         self.stdio = stdio
         self.supervise = supervise
-        # Of a restore: the program runs before its memory is there.
-        self.background = background
+        self.filling = filling or Filling()
         # Called with the pid of init just before its program runs: from there on a signal to us is meant for it.
         self.committed = committed
 
@@ -111,7 +128,7 @@ def restore_into(
     image: str,
     pid_file: str = "",
     committed: Callable[[int], None] | None = None,
-    background: bool = False,
+    filling: Filling | None = None,
 ) -> None:
     """Fill a created container from an image. A refusal leaves it as it was; a failure half way removes it.
 
@@ -129,7 +146,7 @@ def restore_into(
         home.write(state)
         try:
             commit = lambda: committed(state.pid) if committed else None  # noqa: E731
-            _fill(home, state, container.spec(), image, commit, background)
+            _fill(home, state, container.spec(), image, commit, filling or Filling())
             if pid_file:
                 write_pid_file(pid_file, state.pid)
         except BaseException as e:
@@ -143,7 +160,7 @@ def restore_into(
 
 
 def _fill(
-    home: Home, state: State, spec: dict[str, Any], image: str, commit: Callable[[], None], background: bool
+    home: Home, state: State, spec: dict[str, Any], image: str, commit: Callable[[], None], filling: Filling
 ) -> None:
     """Let the engine rebuild the image's processes in the container's waiting init."""
     from . import _core, pager
@@ -159,7 +176,8 @@ def _fill(
         "image_path": os.path.abspath(image),
         "spec": spec,
         "orphan": ruins.orphan_command(home, state),
-        "background": background,
+        "background": filling.background,
+        "record_working_set": filling.record_working_set,
         "pager_report": home.file(pager.REPORT),
     }
     report = json.loads(_core.restore(json.dumps(request), on_loaded))
@@ -264,7 +282,7 @@ class _Building:
     def fill(self) -> None:
         self.state.move("restoring")
         self.home.write(self.state)
-        _fill(self.home, self.state, self.plan.spec, self.image, self.commit, self.options.background)
+        _fill(self.home, self.state, self.plan.spec, self.image, self.commit, self.options.filling)
         self.write_pid_file()
 
     def settle(self, status: str) -> None:

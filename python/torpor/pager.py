@@ -10,12 +10,16 @@ import json
 import os
 import select
 
-from . import proc
+from . import log, proc
 from .errors import ImageError
 from .state import Home
 
 NOTE = "pager.json"
 REPORT = "paged-in.json"
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
 
 
 def note(home: Home, pid: int) -> None:
@@ -28,8 +32,8 @@ def note(home: Home, pid: int) -> None:
         json.dump({"pid": pid, "start_time": started}, f)
 
 
-def wait(home: Home) -> None:
-    """Return when all of the container's memory is there.
+def wait(home: Home) -> dict[str, Any]:
+    """Return when all of the container's memory is there: what the pager reports, empty without one.
 
     Raises:
         ImageError: `image-corrupt`, a part of the image could not be read: whoever touches that part gets SIGBUS.
@@ -43,11 +47,14 @@ def wait(home: Home) -> None:
         _wait_end(pager["pid"])
     try:
         with open(home.file(REPORT), encoding="utf-8") as f:
-            report = json.load(f)
+            report: dict[str, Any] = json.load(f)
     except (FileNotFoundError, ValueError):
-        return
+        return {}
     if report["error"]:
         raise ImageError(f"part of the memory of {home.id!r} is lost: {report['error']}", code="image-corrupt")
+    for warning in report["warnings"]:
+        log.warning(warning)
+    return report
 
 
 def _wait_end(pid: int) -> None:

@@ -1,7 +1,5 @@
-"""Background restore (programs run before their memory is there) and background capture (a copy-on-write twin is read)."""
+"""Background restore of many kinds of programs, and background capture (a copy-on-write twin is read). See test_pager.py."""
 
-import json
-import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -13,13 +11,7 @@ from support.workloads import Stage
 
 pytestmark = [pytest.mark.requires("root", "command:gcc", "command:busybox"), pytest.mark.timeout(180)]
 
-SOME = ["threads", "memory", "signals", "sessions", "blocked", "rseq", "busy", "paging", "memfd"]
-
-
-def pager(torpor: Torpor, c: Container) -> int:
-    """The pid of the process that brings a container's memory."""
-    note = json.loads((torpor.root / c.id / "pager.json").read_text())
-    return int(note["pid"])
+SOME = ["threads", "memory", "signals", "sessions", "blocked", "rseq", "busy", "paging", "memfd", "late"]
 
 
 def saved(play: Stage, tmp: Path) -> tuple[Container, Path]:
@@ -44,46 +36,6 @@ def test_background_restore(name: str, stage: Callable[[str], Stage], tmp: Path,
     # A checkpoint waits for the memory that it is to save.
     third.checkpoint(tmp / "third", "--leave-running")
     third.verify()
-
-
-def test_every_page_is_brought_when_it_is_touched(stage: Callable[[str], Stage], tmp: Path, torpor: Torpor) -> None:
-    """With nobody filling, each touch is a fault: by the program, its child, in memory that was moved or given up."""
-    play = stage("paging")
-    first, image = saved(play, tmp)
-    second = play.successor(first)
-    second.restore_from(image, "--background", env={"TORPOR_FAILPOINT": "page:hang"})
-    second.verify(timeout=60)
-    assert procs.alive(pager(torpor, second)), "the pager is to hang in this test"
-    os.kill(pager(torpor, second), 9)
-    torpor.wait_status(second.id, "stopped")
-
-
-def test_a_container_ends_with_its_pager_rather_than_find_zeroes(
-    stage: Callable[[str], Stage], tmp: Path, torpor: Torpor
-) -> None:
-    play = stage("paging")
-    first, image = saved(play, tmp)
-    second = play.successor(first)
-    second.restore_from(image, "--background", env={"TORPOR_FAILPOINT": "page:kill"})
-    torpor.wait_status(second.id, "stopped")
-    assert "FAIL" not in second.text()
-
-
-def test_a_damaged_page_is_a_sigbus_and_an_error(stage: Callable[[str], Stage], tmp: Path, torpor: Torpor) -> None:
-    play = stage("paging")
-    first, image = saved(play, tmp)
-    path = image / "checkpoint.img"
-    with open(path, "r+b") as f:
-        f.seek(path.stat().st_size // 2)
-        byte = f.read(1)
-        f.seek(-1, os.SEEK_CUR)
-        f.write(bytes([byte[0] ^ 1]))
-    second = play.successor(first)
-    second.restore_from(image, "--background")
-    torpor.fails("wait", "--restore", second.id, says="lost")
-    torpor("kill", second.id, "USR1")
-    torpor.wait_status(second.id, "stopped")
-    assert "OK" not in second.text(), "it read bytes that were not there"
 
 
 @pytest.mark.parametrize("name", SOME)

@@ -36,6 +36,7 @@ FLAGS = (
     Flag("work-path", TEXT, "directory for restore.log"),
     NO_SUBREAPER,
     Flag("background", BOOL, "let the program run at once and bring its memory while it runs"),
+    Flag("record-working-set", BOOL, "with --background: note beside the image what is touched first"),
     Flag("direct", BOOL, "accepted; torpor chooses how to do its I/O"),
     Flag("tcp-established", BOOL, PERMISSION),
     Flag("tcp-close", BOOL, PERMISSION),
@@ -80,15 +81,16 @@ def _fill(config: Config, existing: Container, flags: Parsed, image: str) -> int
     if other:
         raise UsageError(f"container {existing.id!r} was created without that --{other}: leave it out")
     api.check_image(image)
+    filling = _filling(flags)
     if flags.on("detach"):
-        create.restore_into(existing, image, flags.text("pid-file"), background=flags.on("background"))
+        create.restore_into(existing, image, flags.text("pid-file"), filling=filling)
         return 0
     from torpor.exits import Exit
 
     from .attach import Signals, exit_code, follow
 
     with Signals() as signals, Exit(existing.pid, state.start_time) as end:
-        create.restore_into(existing, image, flags.text("pid-file"), signals.aim_at, flags.on("background"))
+        create.restore_into(existing, image, flags.text("pid-file"), signals.aim_at, filling)
         try:
             follow(end, existing.pid, signals)
             return exit_code(end.status())
@@ -100,11 +102,17 @@ def _make(config: Config, container_id: str, flags: Parsed, image: str) -> int:
     api.check_id(container_id)
     what = api.plan_for_restore(config, image, flags.text("bundle"), container_id)
 
+    filling = _filling(flags)
+
     def build(options: Options) -> Container:
-        options.background = flags.on("background")
+        options.filling = filling
         return create.restore(config, container_id, what, options, image)
 
     return start(config, flags, what, build)
+
+
+def _filling(flags: Parsed) -> create.Filling:
+    return create.Filling(background=flags.on("background"), record_working_set=flags.on("record-working-set"))
 
 
 def _check_lsm(flags: Parsed) -> None:

@@ -9,7 +9,7 @@ use torpor_image::{HeaderInfo, Writer};
 
 use crate::error::Result;
 use crate::stage::{Cancel, Run, Stage, Timing};
-use crate::{capture, collect, freeze, twin};
+use crate::{capture, collect, freeze, huge, twin};
 
 /// What to do.
 #[derive(Debug, Deserialize)]
@@ -80,7 +80,7 @@ pub fn checkpoint(request: &Request, cancel: &Cancel) -> Result<Report> {
     // Before anything is stopped: a directory that cannot take an image is the commonest mistake.
     let mut writer = run.stage(Stage::Write, || Ok(Writer::create(&request.image_path, header())?))?;
     let frozen = run.stage(Stage::Freeze, || freeze::freeze(request.pid))?;
-    let collected = run.stage(Stage::Collect, || {
+    let mut collected = run.stage(Stage::Collect, || {
         collect::collect(&frozen, &mut |bytes| {
             cancel.check()?;
             Ok(writer.append_blob(bytes)?)
@@ -91,6 +91,7 @@ pub fn checkpoint(request: &Request, cancel: &Cancel) -> Result<Report> {
     let (frozen, captured) = run.stage(Stage::Capture, || match request.mode(frozen.was_paused()) {
         Capture::Stop => {
             let captured = capture::capture(&collected, &mut writer, cancel)?;
+            huge::collect(&mut collected, Some)?;
             // Memory is in the file now: a container that goes on need not wait for the disk.
             let frozen = if request.leave_running {
                 frozen.release().map(|()| None)?
@@ -106,6 +107,7 @@ pub fn checkpoint(request: &Request, cancel: &Cancel) -> Result<Report> {
             frozen.release()?;
             pause = since.elapsed();
             captured.add(&capture::from(&collected, |pid| twins.of(pid), &mut writer, cancel)?);
+            huge::collect(&mut collected, |pid| twins.of(pid))?;
             twins.check()?;
             twins.dismiss()?;
             Ok((None, captured))

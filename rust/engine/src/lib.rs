@@ -11,6 +11,7 @@ pub mod collect;
 pub mod error;
 pub mod fill;
 pub mod freeze;
+pub mod huge;
 pub mod inspect;
 pub mod kinds;
 pub mod model;

@@ -11,10 +11,11 @@ use torpor_sys::ptrace::{self, Options};
 use crate::build::{self, Late, Objects, Skeleton};
 use crate::error::{About, Result};
 use crate::fill;
+use crate::huge;
 use crate::kinds::memory::Area;
 use crate::kinds::{shared, tmpfs};
 use crate::model::Inventory;
-use crate::pager::{self, Guard, Pager};
+use crate::pager::{self, Pager};
 use crate::plan::{self, Bounds};
 use crate::stage::{Cancel, Run, Stage, Timing};
 
@@ -28,6 +29,9 @@ pub struct Request {
     /// Let the programs run before their memory is there.
     #[serde(default)]
     pub background: bool,
+    /// Note beside the image what the programs touch first.
+    #[serde(default)]
+    pub record_working_set: bool,
     /// The new container's config.json: what it grants at most.
     #[serde(default)]
     pub spec: Value,
@@ -92,6 +96,7 @@ pub fn restore(request: &Request, cancel: &Cancel, on_loaded: &mut dyn FnMut() -
         let pager = if request.background {
             Some(start_pager(&skeleton, &inventory, request)?)
         } else {
+            huge::rebuild(&skeleton, &inventory)?;
             None
         };
         Ok((bytes, pager))
@@ -115,12 +120,10 @@ pub fn restore(request: &Request, cancel: &Cancel, on_loaded: &mut dyn FnMut() -
     Ok(Restored { report, pager })
 }
 
-/// A program whose pager was killed would find zeroes: a guard holds the descriptors too, and ends the container then.
 fn start_pager(skeleton: &Skeleton, inventory: &Inventory, request: &Request) -> Result<Pager> {
     let image = Reader::open(&request.image_path)?;
     let missing = skeleton.missing(inventory, &image)?;
-    let guard = Guard::start(request.pid, &missing)?;
-    Pager::start(image, missing, guard)
+    Pager::start(request.pid, image, missing, request.record_working_set)
 }
 
 /// Completes every process, and lets all go at once: only when nothing can fail any more.

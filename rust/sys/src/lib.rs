@@ -8,6 +8,7 @@ pub mod error;
 pub mod event;
 pub mod fd;
 pub mod fork;
+pub mod guard;
 pub mod kcmp;
 pub mod lock;
 pub mod mem;

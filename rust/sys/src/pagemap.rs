@@ -11,6 +11,7 @@ const FILE: u64 = 1 << 2;
 const PRESENT: u64 = 1 << 3;
 const SWAPPED: u64 = 1 << 4;
 const PFNZERO: u64 = 1 << 5;
+const HUGE: u64 = 1 << 6;
 
 /// `_IOWR('f', 16, struct pm_scan_arg)`.
 const PAGEMAP_SCAN: libc::c_ulong = 0xc060_6610;
@@ -58,7 +59,7 @@ impl Pagemap {
             file,
             can_scan: true,
         };
-        map.can_scan = map.scan(0, PAGE_SIZE, &mut Vec::new()).is_ok();
+        map.can_scan = map.scan(0, PAGE_SIZE, (FILE, PRESENT), &mut Vec::new()).is_ok();
         Ok(map)
     }
 
@@ -71,13 +72,24 @@ impl Pagemap {
     /// out, not the zero page, not a page of a file. Adjacent ranges come as one. `out` is appended to.
     pub fn private_data(&self, start: u64, end: u64, out: &mut Vec<(u64, u64)>) -> Result<()> {
         if self.can_scan {
-            self.scan(start, end, out)
+            self.scan(start, end, (FILE | PFNZERO, PRESENT | SWAPPED), out)
         } else {
             self.walk(start, end, out)
         }
     }
 
-    fn scan(&self, start: u64, end: u64, out: &mut Vec<(u64, u64)>) -> Result<()> {
+    /// The ranges of [start, end) that are in huge pages and belong to no file (PAGE_IS_HUGE of PAGEMAP_SCAN). None on a
+    /// kernel that cannot tell. `out` is appended to.
+    pub fn huge(&self, start: u64, end: u64, out: &mut Vec<(u64, u64)>) -> Result<()> {
+        if self.can_scan {
+            self.scan(start, end, (FILE | PFNZERO, HUGE), out)
+        } else {
+            Ok(())
+        }
+    }
+
+    /// Pages of none of the first categories and of any of the second.
+    fn scan(&self, start: u64, end: u64, (none, any): (u64, u64), out: &mut Vec<(u64, u64)>) -> Result<()> {
         let mut regions = [Region::default(); 512];
         let mut at = start;
         while at < end {
@@ -87,10 +99,10 @@ impl Pagemap {
                 end,
                 vec: regions.as_mut_ptr() as u64,
                 vec_len: regions.len() as u64,
-                category_inverted: FILE | PFNZERO,
-                category_mask: FILE | PFNZERO,
-                category_anyof_mask: PRESENT | SWAPPED,
-                return_mask: PRESENT | SWAPPED,
+                category_inverted: none,
+                category_mask: none,
+                category_anyof_mask: any,
+                return_mask: any,
                 ..ScanArg::default()
             };
             // SAFETY: arg and regions are valid for the kernel to fill.
@@ -167,7 +179,7 @@ mod tests {
         }
         if map.can_scan {
             let mut scanned = Vec::new();
-            map.scan(start, start + len as u64, &mut scanned).unwrap();
+            map.private_data(start, start + len as u64, &mut scanned).unwrap();
             assert_eq!(scanned, walked);
         }
         // SAFETY: the same layout as above.

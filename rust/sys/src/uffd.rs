@@ -184,8 +184,8 @@ impl AsFd for Uffd {
     }
 }
 
-/// Waits until one of the descriptors can be read, at most `ms` milliseconds. Says which can, and which were hung up.
-pub fn wait_any(fds: &[BorrowedFd<'_>], ms: i32) -> (Vec<usize>, Vec<usize>) {
+/// Waits until something can be read from one of the descriptors or its other end is gone. Says which.
+pub fn wait_any(fds: &[BorrowedFd<'_>]) -> Vec<usize> {
     let mut polls: Vec<libc::pollfd> = fds
         .iter()
         .map(|f| libc::pollfd {
@@ -195,14 +195,7 @@ pub fn wait_any(fds: &[BorrowedFd<'_>], ms: i32) -> (Vec<usize>, Vec<usize>) {
         })
         .collect();
     // SAFETY: a valid array of pollfds.
-    unsafe { libc::poll(polls.as_mut_ptr(), polls.len() as libc::nfds_t, ms) };
-    let with = |bits: i16| {
-        polls
-            .iter()
-            .enumerate()
-            .filter(|(_, p)| p.revents & bits != 0)
-            .map(|(i, _)| i)
-            .collect()
-    };
-    (with(libc::POLLIN), with(libc::POLLERR | libc::POLLHUP))
+    unsafe { libc::poll(polls.as_mut_ptr(), polls.len() as libc::nfds_t, -1) };
+    let ready = polls.iter().enumerate().filter(|(_, p)| p.revents != 0);
+    ready.map(|(at, _)| at).collect()
 }

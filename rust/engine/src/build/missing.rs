@@ -35,7 +35,9 @@ impl Skeleton {
             if !ranges.is_empty() {
                 all.push(Missing {
                     uffd: self.userfaultfd(process.pid)?,
+                    pid: self.site(process.pid)?.tid(),
                     number,
+                    huge: body.memory.huge.clone(),
                     ranges,
                 });
             }

@@ -26,6 +26,9 @@ pub struct State {
     pub auxv: Vec<u64>,
     /// The program, as an index into the mapped files or a shared object.
     pub exe: Source,
+    /// What was in huge pages: start and end, multiples of 2 MiB, by address.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub huge: Vec<(u64, u64)>,
 }
 
 /// Where the pages of a mapping come from.
@@ -147,6 +150,8 @@ pub fn collect(pid: Pid, vmas: &[Vma], stat: &Stat, brk: u64, tables: &mut Table
         ],
         auxv: auxv.chunks_exact(8).map(word).collect(),
         exe: exe(pid, tables)?,
+        // Found when memory is captured.
+        huge: Vec::new(),
     })
 }
 
@@ -258,9 +263,11 @@ impl Area {
         !self.advice.contains(&libc::MADV_DONTFORK) && !self.advice.contains(&libc::MADV_WIPEONFORK)
     }
 
-    /// Whether its pages may come after the program runs: only plain memory can be watched (userfaultfd(2)).
+    /// Whether its pages may come after the program runs: only plain memory can be watched (userfaultfd(2)), and what
+    /// a child finds empty would be brought to it.
     pub fn can_wait(&self) -> bool {
-        self.source == Source::Nothing && self.is_opened() && !self.locked
+        let wiped = self.advice.contains(&libc::MADV_WIPEONFORK);
+        self.source == Source::Nothing && self.is_opened() && !self.locked && !wiped
     }
 
     /// Made writable until it is filled; then its real protection is set by [`seal`]. One that never was
