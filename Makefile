@@ -10,7 +10,6 @@ MAKEFLAGS += --no-builtin-rules
 VENV   := .venv
 BIN    := $(VENV)/bin
 STAMPS := .cache/make
-TARGET := x86_64-unknown-linux-gnu
 # Debian's own interpreter: the wheel is abi3, and a container on the host's files finds it at a plain path.
 PYTHON ?= /usr/bin/python3.11
 # Extra arguments for pytest: make test ARGS="-k redis -x"
@@ -38,13 +37,9 @@ $(STAMPS)/venv: $(STAMPS)/packages pyproject.toml
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --group dev
 	@mkdir -p $(@D) && touch $@
 
-# The launcher is linked statically, libseccomp too: it runs from a sealed memfd on machines that have neither.
+# The launcher is linked statically, libseccomp too, and small: it runs from a sealed memfd, on machines that have neither.
 $(LAUNCHER): $(STAMPS)/packages $(LAUNCHER_SRC)
-	RUSTFLAGS="-C target-feature=+crt-static" LIBSECCOMP_LINK_TYPE=static LIBSECCOMP_LIB_PATH=/usr/lib/x86_64-linux-gnu \
-	    cargo build --release -p torpor-launcher --target $(TARGET) --target-dir target-launcher
-	@mkdir -p $(@D)
-	# a new file, not new bytes in the old one: that may be running
-	install -m 755 target-launcher/$(TARGET)/release/torpor-launcher $@.new && mv -f $@.new $@
+	sh rust/launcher/build.sh
 
 $(STAMPS)/wheel: $(STAMPS)/venv $(LAUNCHER) $(RUST_SOURCES) $(PYTHON_SOURCES)
 	rm -rf dist

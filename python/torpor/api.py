@@ -14,10 +14,9 @@ A container on the host's files, without a bundle:
 
 from __future__ import annotations
 
-import json
 import os
 
-from . import create, plan
+from . import create, plan, quick_json
 from .config import Config
 from .container import Checkpoint, Container, Process, load_all, stdio_of
 from .errors import ImageError, InternalError, StateError, UsageError
@@ -190,7 +189,7 @@ def plan_for_restore(config: Config, image: str, bundle: str, container_id: str)
     check_image(image)
     if bundle:
         return plan.from_bundle(config, bundle)
-    peeked = json.loads(engine().peek(os.path.abspath(image)))
+    peeked = quick_json.loads(engine().peek(os.path.abspath(image)))
     if plan.is_without_bundle(peeked):
         return plan.from_image(config, image, peeked, hostname=container_id)
     return plan.from_bundle(config, ".")
@@ -204,7 +203,7 @@ def inspect(image: str | Checkpoint) -> dict[str, Any]:
     """
     directory = image.path if isinstance(image, Checkpoint) else image
     check_image(directory)
-    return json.loads(engine().inspect(os.path.abspath(directory)))  # type: ignore[no-any-return]
+    return quick_json.loads(engine().inspect(os.path.abspath(directory)))  # type: ignore[no-any-return]
 
 
 def list_containers(*, root: str | None = None) -> list[Container]:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import os
 
-from . import exits, launcher, log, proc, ruins
+from . import exits, launcher, log, proc, quick_json, ruins
 from . import state as states
 from .config import Config
 from .errors import ImageError, StateError, TorporError, UsageError, not_found
@@ -116,7 +115,7 @@ class Container:
     def spec(self) -> dict[str, Any]:
         """The config.json the container was made from."""
         with open(self.home.file("config.json"), encoding="utf-8", errors="surrogateescape") as f:
-            return json.load(f)  # type: ignore[no-any-return]
+            return quick_json.loads(f.read())  # type: ignore[no-any-return]
 
     def processes(self) -> list[int]:
         """The host's pids of all processes in it.
@@ -212,7 +211,7 @@ class Container:
         state = self.refresh()
         if not (even_if_paused and state.status == "paused"):
             states.may("exec", self.id, state.status)
-        path = self.home.write_text(f"exec-{os.urandom(6).hex()}.json", json.dumps(process))
+        path = self.home.write_text(f"exec-{os.urandom(6).hex()}.json", quick_json.dumps(process))
         try:
             flags = ["--root", self.home.file("oci"), "--id", self.id, "--process", path]
             if console_socket:
@@ -349,7 +348,7 @@ class Container:
                 "container": {"id": self.id, "flags": state.flags},
             }
             try:
-                report = json.loads(_core.checkpoint(json.dumps(request)))
+                report = quick_json.loads(_core.checkpoint(quick_json.dumps(request)))
             except BaseException:
                 for path in made:
                     _remove_if_empty(path)

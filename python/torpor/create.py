@@ -7,10 +7,9 @@ torpor that finds our ruin.
 
 from __future__ import annotations
 
-import json
 import os
 
-from . import exits, launcher, log, network, overlay, proc, ruins, warm
+from . import exits, launcher, log, overlay, proc, quick_json, ruins, warm
 from .container import Container
 from .errors import TorporError, UsageError
 from .state import Home, State, check_id, may, replace_file
@@ -180,7 +179,7 @@ def _fill(
         "record_working_set": filling.record_working_set,
         "pager_report": home.file(pager.REPORT),
     }
-    report = json.loads(_core.restore(json.dumps(request), on_loaded))
+    report = quick_json.loads(_core.restore(quick_json.dumps(request), on_loaded))
     log.debug(f"restored {image} into {state.id}: {report}")
     if report["background"]:
         pager.note(home, report["pager"])
@@ -232,7 +231,7 @@ class _Building:
         if plan.lower:
             plan.spec["root"]["path"] = overlay.mount(self.home, plan.lower)
         self.state.rootfs = plan.spec["root"]["path"]
-        self.home.write_text("config.json", json.dumps(plan.spec))
+        self.home.write_text("config.json", quick_json.dumps(plan.spec))
         flags = self._create_flags()
         if self.options.supervise:
             self.supervisor, report = launcher.supervise("create", *flags, **self._spawn_options())
@@ -241,6 +240,8 @@ class _Building:
         self.state.pid = int(report["pid"])
         self.state.start_time = proc.start_time(self.state.pid) or 0
         self.home.write(self.state)
+        from . import network
+
         if network.has_new_namespace(plan.spec):
             network.bring_up_loopback(self.state.pid)
 
@@ -253,7 +254,7 @@ class _Building:
             self.image = warm.find(name, self.config.restore_from)
             from . import _core
 
-            warm.check(spec, self.image, json.loads(_core.peek(self.image)))
+            warm.check(spec, self.image, quick_json.loads(_core.peek(self.image)))
             self.state.flags["image"] = self.image
         warm.add_environment(self.home, spec)
 

@@ -119,6 +119,20 @@ def parse(table: Sequence[Flag], argv: Sequence[str]) -> Parsed:
     return parsed
 
 
+def assume(table: Sequence[Flag], parsed: Parsed, name: str, text: str) -> bool:
+    """Put `text` in the place of a flag's default. False when the table has no such flag.
+
+    Raises:
+        UsageError: `bad-flag`, it is no value for that flag.
+    """
+    for flag in table:
+        if flag.name == name:
+            if name not in parsed.given:
+                parsed.values[name] = _convert(flag, name, text)
+            return True
+    return False
+
+
 def _next_value(flag: Flag, name: str, rest: list[str]) -> str:
     if flag.kind == BOOL:
         return "true"

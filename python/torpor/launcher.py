@@ -1,18 +1,18 @@
 """Run the launcher, the small static program that builds containers (docs/internals.md §2).
 
-It is executed from a sealed memfd: a container's process can then never reach and overwrite the file on the host
-through /proc/PID/exe (CVE-2019-5736). Started with posix_spawn, so it is safe from any thread; waited for by its own
-pid only.
+Where a process of it enters the container, it is executed from a sealed memfd: a container's process can then never
+reach and overwrite the file on the host through /proc/PID/exe (CVE-2019-5736). Started with posix_spawn, so it is safe
+from any thread; waited for by its own pid only.
 """
 
 from __future__ import annotations
 
 import _thread
+import errno
 import fcntl
-import json
 import os
 
-from . import log
+from . import log, quick_json
 from .errors import LauncherError, from_engine
 from .exits import Child
 
@@ -27,6 +27,8 @@ _memfd = -1
 _memfd_lock = _thread.allocate_lock()
 _ALL_SEALS = fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE
 _FIRST_PRIVATE_FD = 32
+# Of these some process enters the container, where it must not lead to the file on the host.
+_ENTERING = ("create", "exec")
 
 DEVNULL = -3  # as subprocess.DEVNULL
 
@@ -101,7 +103,7 @@ def _start(verb: str, args: Sequence[str], stdio: Stdio | None, preserve_fds: in
         if read_end >= 0:
             os.close(read_end)
     try:
-        report = json.loads(line) if line else None
+        report = quick_json.loads(line) if line else None
     except ValueError:
         report = None
     if not isinstance(report, dict):
@@ -128,7 +130,7 @@ def _read_line(fd: int) -> bytes:
 
 
 def _spawn(argv: list[str], stdio: Stdio | None, report_fd: int | None) -> Child:
-    image = _sealed_image()
+    image = f"/proc/self/fd/{_sealed_image()}" if argv[0] in _ENTERING else path()
     copies: list[int] = []
     actions: list[tuple[int, int, int]] = []
     try:
@@ -142,7 +144,7 @@ def _spawn(argv: list[str], stdio: Stdio | None, report_fd: int | None) -> Child
             actions.append((os.POSIX_SPAWN_DUP2, report_fd, report_fd))
         log.debug("launcher " + " ".join(argv))
         pid = os.posix_spawn(
-            f"/proc/self/fd/{image}",
+            image,
             ["torpor-launcher", *argv],
             os.environ,
             file_actions=actions,
@@ -154,6 +156,8 @@ def _spawn(argv: list[str], stdio: Stdio | None, report_fd: int | None) -> Child
         )
         return Child(pid)
     except OSError as e:
+        if e.errno == errno.ENOENT:
+            raise _missing(e) from None
         raise LauncherError(f"cannot run torpor-launcher: {e.strerror}") from None
     finally:
         for fd in copies:
@@ -190,13 +194,15 @@ def _sealed_image() -> int:
         return _memfd
 
 
+def _missing(e: OSError) -> LauncherError:
+    return LauncherError(f"torpor is installed without its launcher ({path()}: {e.strerror}): reinstall the wheel")
+
+
 def _make_sealed_image() -> int:
     try:
         source = os.open(path(), os.O_RDONLY | os.O_CLOEXEC)
     except OSError as e:
-        raise LauncherError(
-            f"torpor is installed without its launcher ({path()}: {e.strerror}): reinstall the wheel"
-        ) from None
+        raise _missing(e) from None
     try:
         low = os.memfd_create("torpor-launcher", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         try:

@@ -6,11 +6,10 @@ directory.
 
 from __future__ import annotations
 
-import json
 import os
 import select
 
-from . import log, proc
+from . import log, proc, quick_json
 from .errors import ImageError
 from .state import Home
 
@@ -29,7 +28,7 @@ def note(home: Home, pid: int) -> None:
         # It was done before we looked.
         return
     with open(home.file(NOTE), "w", encoding="utf-8") as f:
-        json.dump({"pid": pid, "start_time": started}, f)
+        f.write(quick_json.dumps({"pid": pid, "start_time": started}))
 
 
 def wait(home: Home) -> dict[str, Any]:
@@ -40,14 +39,14 @@ def wait(home: Home) -> dict[str, Any]:
     """
     try:
         with open(home.file(NOTE), encoding="utf-8") as f:
-            pager = json.load(f)
+            pager = quick_json.loads(f.read())
     except (FileNotFoundError, ValueError):
         pager = None
     if pager is not None and proc.is_alive(pager["pid"], pager["start_time"]):
         _wait_end(pager["pid"])
     try:
         with open(home.file(REPORT), encoding="utf-8") as f:
-            report: dict[str, Any] = json.load(f)
+            report: dict[str, Any] = quick_json.loads(f.read())
     except (FileNotFoundError, ValueError):
         return {}
     if report["error"]:

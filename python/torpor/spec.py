@@ -6,9 +6,9 @@ and rules are those of the OCI runtime specification, version 1.2.
 
 from __future__ import annotations
 
-import json
 import os
 
+from . import quick_json
 from .errors import SpecError
 
 TYPE_CHECKING = False
@@ -72,7 +72,7 @@ def load(path: str) -> Spec:
         why = e.strerror if isinstance(e, OSError) else "it is not UTF-8"
         raise SpecError(f"cannot read {path}: {why}", code="bad-bundle") from None
     try:
-        spec = json.loads(text)
+        spec = quick_json.loads(text)
     except ValueError as e:
         raise SpecError(f"{path} is not JSON: {e}", code="bad-spec") from None
     check(spec, path)

@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import _thread
 import fcntl
-import json
 import os
 
-from . import proc
+from . import proc, quick_json
 from .errors import StateError, not_found
 from .log import rfc3339
 
@@ -107,11 +106,11 @@ class State:
             self.owner_process = None
 
     def to_json(self) -> str:
-        return json.dumps({name: getattr(self, name) for name in self.__slots__ if hasattr(self, name)}, indent=1)
+        return quick_json.dumps({name: getattr(self, name) for name in self.__slots__ if hasattr(self, name)})
 
     @classmethod
     def from_json(cls, text: str) -> State:
-        known = {name: value for name, value in json.loads(text).items() if name in cls.__slots__}
+        known = {name: value for name, value in quick_json.loads(text).items() if name in cls.__slots__}
         return cls(**known)
 
 

@@ -341,7 +341,17 @@ def test_pidfd_socket(torpor: Torpor, busybox: Callable[..., Path], tmp: Path) -
 
 
 def test_annotations_for_checkpoints(torpor: Torpor, waiter: Callable[..., Container], tmp: Path) -> None:
-    c = waiter(annotations={"dev.torpor.checkpoint.compression": "zstd", "dev.torpor.checkpoint.tcp": "close"})
-    torpor.fails("checkpoint", "--image-path", tmp / "i", c.id, says="dev.torpor.checkpoint.compression=zstd")
-    done = c.checkpoint(tmp / "i", "--compression=none")
-    assert "annotation dev.torpor.checkpoint.tcp is not supported yet" in done.err
+    c = waiter(annotations={
+        "dev.torpor.checkpoint.capture": "sometimes",
+        "dev.torpor.checkpoint.image-path": str(tmp / "other"),
+        "dev.torpor.checkpoint.tcp": "established",
+    })  # fmt: skip
+    torpor.fails(
+        "checkpoint", "--image-path", tmp / "i", c.id, says="annotation dev.torpor.checkpoint.capture=sometimes"
+    )
+    assert not (tmp / "i").exists() and c.status == "running"
+    # what the command says goes before the annotation
+    done = c.checkpoint(tmp / "i", "--capture=stop")
+    assert "dev.torpor.checkpoint.image-path" in done.err and "has no effect" in done.err
+    assert "dev.torpor.checkpoint.tcp" not in done.err
+    assert (tmp / "i" / "checkpoint.img").exists() and not (tmp / "other").exists()

@@ -1,5 +1,6 @@
 """The commands of docs/clients.md are run as they stand, on a machine whose /etc, /var/lib and /usr/local are copies."""
 
+import fnmatch
 import os
 import re
 import shutil
@@ -89,7 +90,15 @@ def machine(leak_check: None) -> Iterator[Machine]:
 
 
 def test_there_are_blocks() -> None:
-    assert list(BLOCKS) == ["docker-install", "docker", "docker-new", "containerd", "podman", "kubernetes"]
+    assert list(BLOCKS) == [
+        "docker-install",
+        "docker",
+        "docker-new",
+        "containerd",
+        "podman",
+        "kubernetes-containerd",
+        "kubernetes",
+    ]
 
 
 @pytest.mark.requires("command:dockerd", "command:docker")
@@ -162,6 +171,23 @@ def test_kubernetes(machine: Machine) -> None:
     (handler,) = re.findall(r"^handler: (\S+)$", BLOCKS["kubernetes"], re.MULTILINE)
     assert list(runtimes) == [handler]
     assert shutil.which(runtimes[handler]["options"]["BinaryName"])
+
+
+@pytest.mark.requires("command:containerd")
+def test_kubernetes_containerd_reads_the_files(machine: Machine) -> None:
+    machine.sh("mkdir -p /var/lib/torpor/images /etc/containerd")
+    machine.sh("torpor install --containerd --restore-from /var/lib/torpor/images")
+    machine.sh(f"cat > /etc/containerd/config.toml <<'END'\n{BLOCKS['kubernetes-containerd']}END")
+    merged = tomllib.loads(machine.sh("containerd config dump"))
+    runtime = merged["plugins"]["io.containerd.grpc.v1.cri"]["containerd"]["runtimes"]["torpor"]
+    assert runtime["runtime_type"] == "io.containerd.runc.v2"
+    # by a glob, as CRI matches them
+    (annotation,) = re.findall(r"^    (dev\.torpor\.\S+): ", BLOCKS["kubernetes"], re.MULTILINE)
+    for field in ("pod_annotations", "container_annotations"):
+        assert any(fnmatch.fnmatchcase(annotation, pattern) for pattern in runtime[field])
+    version = machine.sh(f"{runtime['options']['BinaryName']} --version")
+    assert version.startswith("torpor version")
+    assert "removed" in machine.sh("torpor uninstall --containerd")
 
 
 def _remove_cgroup(name: str) -> None:

@@ -142,6 +142,7 @@ RUNS: dict[str, tuple[list[str], Edit | None]] = {
         ),
     ),
     "pids limit": (["cat", "/proc/self/cgroup"], None),
+    "loopback": (["ip", "-o", "link", "show", "lo"], None),
     "domain": (["cat", "/proc/sys/kernel/domainname"], None),
     "namespaces": (["sh", "-c", "echo $$; ls /proc | grep -c '^[0-9]'"], None),
     "standard streams": (["sh", "-c", "ls -l /proc/self/fd | wc -l"], None),
@@ -192,7 +193,6 @@ def test_life(both: list[Runtime], busybox: Callable[..., Path]) -> None:
         note("state", name)
         note("create", "--bundle", bundle, name)
         note("create", "--bundle", bundle, name)
-        # here runc would exec, torpor refuses: it could not fill the container with an image any more
         note("resume", name)
         note("start", name)
         note("start", name)
@@ -275,6 +275,20 @@ def test_queries(both: list[Runtime], busybox: Callable[..., Path]) -> None:
             "cpu": sorted(events["data"]["cpu"]["usage"]), "memory": sorted(set(events["data"]["memory"]) - {"cache"}),
             "pids": events["data"]["pids"]["current"],
         })  # fmt: skip
+    assert found[1] == found[0]
+
+
+def test_ps_of_an_ended_container(both: list[Runtime], busybox: Callable[..., Path]) -> None:
+    found = []
+    for runtime in both:
+        name = runtime.new_id()
+        runtime("run", "--detach", "--bundle", busybox(["true"]), name)
+        procs.wait_until("the end", lambda runtime=runtime, name=name: runtime.status(name) == "stopped")  # type: ignore[misc]
+        table, pids = runtime("ps", name), runtime("ps", "--format", "json", name)
+        # runc says null for a list without anything in it
+        found.append(
+            (table.code, table.out.split()[:2], len(table.out.splitlines()), pids.code, json.loads(pids.out) or [])
+        )
     assert found[1] == found[0]
 
 

@@ -62,6 +62,23 @@ def test_run(ctr: Containerd) -> None:
     assert done.returncode == 7
 
 
+def test_start_from_an_image_by_annotation(ctr: Containerd, tmp_path: Path) -> None:
+    """As a pod annotation comes to torpor: in the spec that containerd hands on."""
+    images, runtime = tmp_path / "images", tmp_path / "torpor.sh"
+    runtime.write_text(f'#!/bin/sh\nexec {TORPOR} --restore-from {images} "$@"\n')
+    runtime.chmod(0o755)
+    common = ["--runc-binary", str(runtime), "--runc-root", str(ctr.directory / "runc")]
+    source, copy = f"{RUN_MARK}-source", f"{RUN_MARK}-copy"
+    ctr.start_container(source, "sh", "-c", "i=0; while :; do i=$((i+1)); echo $i > /dev/shm/count; sleep 0.1; done")
+    ctr("tasks", "checkpoint", "--image-path", str(images / "warm"), "--work-path", str(tmp_path / "work"), source)
+    last = int(Path(f"/proc/{ctr.pid(source)}/root/dev/shm/count").read_text())
+    annotation = ["--annotation", "dev.torpor.restore=warm", "--cgroup", f"{ctr.cgroup}/{copy}"]
+    ctr("run", "-d", *common, *annotation, IMAGE, copy, "sh")
+    shown = Path(f"/proc/{ctr.pid(copy)}/root/dev/shm/count")
+    procs.wait_until("the copy to count on", lambda: int(shown.read_text().strip() or 0) > last)
+    assert Path(f"/proc/{ctr.pid(copy)}/root/run/torpor/environ").exists()
+
+
 def test_life(ctr: Containerd) -> None:
     name = f"{RUN_MARK}-life"
     ctr.start_container(name, "sh", "-c", COUNT)

@@ -7,14 +7,15 @@ from __future__ import annotations
 import os
 
 from torpor.errors import UsageError
-from torpor.flags import BOOL, LIST, NUMBER, TEXT, Flag
+from torpor.flags import BOOL, LIST, NUMBER, TEXT, Flag, assume
 
 from .common import PERMISSION, Refused, check_refused, container, one_id, refused_flags
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from torpor.config import Config
-    from torpor.container import Container
     from torpor.flags import Parsed
 
 USAGE = "--image-path DIR [flags] ID"
@@ -67,11 +68,11 @@ def execute(config: Config, flags: Parsed) -> int:
         raise UsageError(
             "--status-fd is not supported yet: it belongs to --lazy-pages", code="bad-flag", object="--status-fd"
         )
-    if flags.text("compression") != "none":
-        raise UsageError("--compression is not supported yet: use none", code="bad-flag", object="--compression")
+    _check_compression(flags)
     check_empty_ns(flags)
     found = container(config, container_id)
-    _heed_annotations(found, flags)
+    heed_annotations(found.refresh().annotations, flags)
+    _check_compression(flags)
     from torpor import criu
 
     with WorkLog(flags.text("work-path"), "dump.log") as work_log:
@@ -95,20 +96,40 @@ def execute(config: Config, flags: Parsed) -> int:
     return 0
 
 
+def _check_compression(flags: Parsed) -> None:
+    if flags.text("compression") != "none":
+        raise UsageError("--compression is not supported yet: use none", code="bad-flag", object="--compression")
+
+
 _ANNOTATIONS = "dev.torpor.checkpoint."
+# What whoever starts a container may wish of its checkpoints. Not where they are written.
+_MAY_BE_ANNOTATED = ("capture", "compression", "save-rootfs", "tcp-close", "tcp-established", "tcp-skip-in-flight")
 
 
-def _heed_annotations(found: Container, flags: Parsed) -> None:
-    """`dev.torpor.checkpoint.NAME=VALUE` in the spec is the default of --NAME, for clients that have no such flag."""
+def heed_annotations(annotations: Mapping[str, str], flags: Parsed) -> None:
+    """`dev.torpor.checkpoint.NAME=VALUE` in the spec is the default of --NAME, for clients that have no such flag;
+    `dev.torpor.checkpoint.tcp=POLICY` that of --tcp-POLICY, unless the command chooses a policy.
+
+    Raises:
+        UsageError: `bad-flag`, the flag does not take that value.
+    """
     from torpor import log
 
-    for name, value in found.refresh().annotations.items():
-        if not name.startswith(_ANNOTATIONS):
+    policy = any(name.startswith("tcp-") for name in flags.given)
+    for annotation, value in annotations.items():
+        if not annotation.startswith(_ANNOTATIONS):
             continue
-        if name != f"{_ANNOTATIONS}compression":
-            log.warning(f"annotation {name} is not supported yet and has no effect")
-        elif "compression" not in flags.given and value != "none":
-            raise UsageError(f"annotation {name}={value} is not supported yet: use none", code="bad-flag", object=name)
+        name, text = annotation[len(_ANNOTATIONS) :], value
+        if name == "tcp":
+            name, text = f"tcp-{value}", "true"
+        if policy and name.startswith("tcp-"):
+            continue
+        try:
+            known = name in _MAY_BE_ANNOTATED and assume(FLAGS, flags, name, text)
+        except UsageError as e:
+            raise UsageError(f"annotation {annotation}={value}: {e}", code="bad-flag", object=annotation) from None
+        if not known:
+            log.warning(f"annotation {annotation}={value} is not supported and has no effect")
 
 
 def _replace(new: str, path: str) -> None:

@@ -15,6 +15,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from types import ModuleType
+    from typing import NoReturn
 
 # runsc's exit code for its own errors; a program's own may be anything below
 ERROR = 128
@@ -85,6 +86,17 @@ def main(argv: Sequence[str] | None = None) -> int:
             _debug_traceback()
         _fail(_unexpected(e), argv)
     return ERROR
+
+
+def command() -> NoReturn:
+    """The `torpor` program: `main`, but what the kernel clears up is left to the kernel, which is quicker."""
+    code = main()
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except (OSError, ValueError):
+            pass  # its reader is gone
+    os._exit(code)
 
 
 def _run(config: Config, verb: str, words: list[str]) -> int:

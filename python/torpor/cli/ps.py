@@ -25,7 +25,9 @@ def execute(config: Config, flags: Parsed) -> int:
     if not flags.args:
         raise UsageError("a container id is required")
     container_id, *options = flags.args
-    pids = container(config, container_id).processes()
+    found = container(config, container_id)
+    # runc shows an empty table for what has ended, and its clients ask without knowing.
+    pids = [] if found.status == "stopped" else found.processes()
     if flags.text("format") == "json":
         print(json.dumps(pids))
     elif options:

@@ -1,0 +1,70 @@
+"""JSON without `import json`, which compiles regular expressions that torpor has no use for (3 ms a command).
+
+The C functions below are what the standard module calls as well. They are private to CPython, so whatever is not as
+expected there leads to the standard module.
+"""
+
+from __future__ import annotations
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+_SPACE = " \t\n\r"
+
+
+class _Rules:
+    """What the C scanner asks for, as json.JSONDecoder has it."""
+
+    strict = True
+    object_hook = None
+    object_pairs_hook = None
+    parse_float = float
+    parse_int = int
+    parse_constant = {"NaN": float("nan"), "Infinity": float("inf"), "-Infinity": float("-inf")}.__getitem__
+
+
+try:
+    from _json import encode_basestring_ascii, make_encoder, make_scanner
+
+    _rules: Any = _Rules()
+    _scan = make_scanner(_rules)
+    _nothing: Any = None
+    _encode = make_encoder(_nothing, _nothing, encode_basestring_ascii, None, ": ", ", ", False, False, True)
+    _works = "".join(_encode(_scan('{"a": [1]}', 0)[0], 0)) == '{"a": [1]}'
+except Exception:  # another interpreter, or another CPython
+    _works = False
+
+
+def loads(text: str | bytes) -> Any:
+    """As json.loads.
+
+    Raises:
+        ValueError: it is not JSON.
+    """
+    if not _works or not isinstance(text, str):
+        import json
+
+        return json.loads(text)
+    # The scanner does not skip the space before the value.
+    start = len(text) - len(text.lstrip(_SPACE))
+    try:
+        value, end = _scan(text, start)
+    except StopIteration as e:
+        raise ValueError(f"a value is missing at character {e.value}") from None
+    if text[end:].strip(_SPACE):
+        raise ValueError(f"there is more after the value, at character {end}")
+    return value
+
+
+def dumps(value: object) -> str:
+    """As json.dumps, for dictionaries, lists and plain values that do not hold themselves.
+
+    Raises:
+        TypeError: something in it has no JSON form.
+    """
+    if not _works:
+        import json
+
+        return json.dumps(value)
+    return "".join(_encode(value, 0))
