@@ -16,8 +16,8 @@ use torpor_sys::{Pid, kcmp};
 use crate::error::{About, Error, Result};
 use crate::freeze::{Frozen, FrozenProcess};
 use crate::kinds::{
-    clocks, console, cpu, creds, files, fs, ipc, memory, mounts, paths, posix_timers, seccomp, settings, signals,
-    tasks, timers, tmpfs, vdso,
+    clocks, console, cpu, creds, files, fs, ipc, memory, mounts, paths, posix_timers, restart, seccomp, settings,
+    signals, tasks, timers, tmpfs, vdso,
 };
 use crate::model::{Body, Inventory, Process, Thread};
 
@@ -74,10 +74,7 @@ pub fn collect(frozen: &Frozen, blob: &mut dyn FnMut(&[u8]) -> Result<BlobRef>) 
         .first()
         .map(|p| p.pid)
         .ok_or_else(|| Error::nonsense("no process"))?;
-    let mut inventory = Inventory {
-        clocks: Some(clocks::collect(init)?),
-        ..Inventory::default()
-    };
+    let mut inventory = Inventory::default();
     let view = paths::View::of(init)?;
     ipc::check(init)?;
     let mounts = mounts::Table::of(init)?;
@@ -107,6 +104,7 @@ pub fn collect(frozen: &Frozen, blob: &mut dyn FnMut(&[u8]) -> Result<BlobRef>) 
         fd_tables.push((process.pid, survey.add_process(process.pid)?));
     }
     let mut sources = Vec::new();
+    let mut watch = restart::Watch::default();
     for (process, (_, fds)) in members.iter().zip(&fd_tables) {
         let subject = Subject::of(process)?;
         check_namespaces(process.pid, init)?;
@@ -119,6 +117,7 @@ pub fn collect(frozen: &Frozen, blob: &mut dyn FnMut(&[u8]) -> Result<BlobRef>) 
             tables: &mut tables,
             filters: &mut inventory.objects.seccomp,
             warnings: &mut inventory.warnings,
+            watch: &mut watch,
             blob,
         };
         let mut body = subject.body(fds.clone(), &mut ctx)?;
@@ -130,6 +129,7 @@ pub fn collect(frozen: &Frozen, blob: &mut dyn FnMut(&[u8]) -> Result<BlobRef>) 
         inventory.processes.push(subject.process(&names, Some(body))?);
         zombies(process.pid, &names, &mut inventory.processes)?;
     }
+    inventory.warnings.extend(watch.report());
     let tasks = tasks::Tasks::of(members.iter().map(|m| m.pid));
     let mut naming = files::Naming {
         init,
@@ -146,6 +146,8 @@ pub fn collect(frozen: &Frozen, blob: &mut dyn FnMut(&[u8]) -> Result<BlobRef>) 
     if let Some(fd) = &naming.console {
         inventory.console = Some(console::collect(init, fd, |pid| names.inner(pid))?);
     }
+    // After everything that has a time left: nothing comes early by the clocks of the restored container.
+    inventory.clocks = Some(clocks::collect(init)?);
     // Last, since it may be much: by now nothing else is refused.
     inventory.tmpfs = tmpfs::collect(init, &mounts, &maps, blob, &mut inventory.warnings)?;
     inventory.objects.mapped = tables.mapped;
@@ -282,6 +284,7 @@ struct Context<'a, 'v> {
     tables: &'a mut memory::Tables<'v>,
     filters: &'a mut Vec<seccomp::State>,
     warnings: &'a mut Vec<String>,
+    watch: &'a mut restart::Watch,
     blob: &'a mut dyn FnMut(&[u8]) -> Result<BlobRef>,
 }
 
@@ -342,7 +345,7 @@ impl<'f> Subject<'f> {
 
     fn body(&self, fds: Vec<files::Descriptor>, ctx: &mut Context<'_, '_>) -> Result<Body> {
         let pid = self.frozen.pid;
-        let before = self.before()?;
+        let before = self.before(ctx.watch)?;
         let inner = last(&self.status.ns_tgids);
         let host = Host {
             pid,
@@ -372,14 +375,14 @@ impl<'f> Subject<'f> {
         })
     }
 
-    fn before(&self) -> Result<Vec<Before>> {
-        let of_thread = |&tid: &Pid| {
+    fn before(&self, watch: &mut restart::Watch) -> Result<Vec<Before>> {
+        let mut of_thread = |&tid: &Pid| {
             let status = proc::status(tid).about(tid, "status")?;
             let rseq = ptrace::rseq(tid).about(tid, "rseq")?;
-            let cpu = cpu::settle(tid, &self.memory, rseq)?;
+            let cpu = cpu::settle(tid, &self.memory, rseq, watch)?;
             Ok(Before { tid, status, rseq, cpu })
         };
-        self.frozen.threads.iter().map(of_thread).collect()
+        self.frozen.threads.iter().map(&mut of_thread).collect()
     }
 
     #[allow(clippy::type_complexity)]

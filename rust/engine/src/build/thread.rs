@@ -7,6 +7,7 @@ use torpor_sys::{Pid, ptrace};
 
 use super::{LIMIT, Skeleton};
 use crate::error::{About, Error, Result};
+use crate::kinds::restart::{self, Outcome};
 use crate::kinds::{cpu, creds, posix_timers, seccomp, settings, signals};
 use crate::model::{Body, Inventory, Process, Thread};
 
@@ -76,24 +77,37 @@ impl Skeleton {
     /// Removes the stub and gives every thread its registers: it could run now.
     pub fn arm(&self, process: &Process, image: &Reader) -> Result<()> {
         let Some(body) = &process.body else { return Ok(()) };
-        self.remove_stub(process.pid, body)?;
-        for (thread, (tid, site)) in body.threads.iter().zip(self.sites_of(process.pid)?) {
-            cpu::rebuild(site.tid(), &thread.cpu, &image.blob(thread.cpu.xstate)?)?;
+        let syscall_at = self.syscall_at(body)?;
+        let mut waits = Vec::new();
+        for (thread, (_, site)) in body.threads.iter().zip(self.sites_of(process.pid)?) {
+            waits.push(match thread.cpu.wait()? {
+                (_, Some(_)) if signals::will_interrupt(&body.signals, &thread.signals) => Outcome::Held,
+                (regs, Some(wait)) => restart::rebuild(site, syscall_at, &regs, wait)?,
+                (_, None) => Outcome::Held,
+            });
+        }
+        self.remove_stub(process.pid, body, syscall_at)?;
+        let threads = body.threads.iter().zip(waits);
+        for ((thread, wait), (tid, site)) in threads.zip(self.sites_of(process.pid)?) {
+            cpu::rebuild(site.tid(), &thread.cpu, &image.blob(thread.cpu.xstate)?, wait)?;
             ptrace::set_sigmask(site.tid(), thread.signals.mask).about(tid, "signal mask")?;
         }
         Ok(())
     }
 
-    fn remove_stub(&self, pid: i32, body: &Body) -> Result<()> {
-        let site = self.site(pid)?;
-        let tid = site.tid();
+    fn syscall_at(&self, body: &Body) -> Result<u64> {
         // The code is the last of the kernel's parts.
         let code = body
             .memory
             .kernel
             .last()
             .ok_or_else(|| Error::nonsense("a process without vdso"))?;
-        let syscall_at = code.0 + self.syscall_offset;
+        Ok(code.0 + self.syscall_offset)
+    }
+
+    fn remove_stub(&self, pid: i32, body: &Body, syscall_at: u64) -> Result<()> {
+        let site = self.site(pid)?;
+        let tid = site.tid();
         if let Some(action) = signals::trap_action(&body.signals) {
             let table = self.place.table();
             site.memory().write(table, &action).about(pid, "SIGTRAP")?;

@@ -21,6 +21,7 @@ pub mod paths;
 pub mod pidfd;
 pub mod pipe;
 pub mod posix_timers;
+pub mod restart;
 pub mod seccomp;
 pub mod settings;
 pub mod shared;

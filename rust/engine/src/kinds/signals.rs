@@ -126,6 +126,19 @@ pub fn answer_thread(tid: Pid, asked: Data, results: &Results, stopped: bool) ->
     })
 }
 
+/// Whether a signal with a handler waits for the thread, which ends the call that it is in.
+pub fn will_interrupt(process: &ProcessState, thread: &ThreadState) -> bool {
+    const SIG_IGN: u64 = 1;
+    let is_caught = |signal: i32| {
+        process
+            .actions
+            .iter()
+            .any(|a| a.signal == signal && a.words[0] > SIG_IGN)
+    };
+    let mut pending = process.pending.iter().chain(&thread.pending).map(Info::signal);
+    pending.any(|signal| (1..=COUNT).contains(&signal) && thread.mask >> (signal - 1) & 1 == 0 && is_caught(signal))
+}
+
 /// Sets every action: what the blank process had is gone too.
 ///
 /// SIGTRAP is left alone: the stub of a process that is being built ends in one (see [`trap_action`]).

@@ -59,6 +59,13 @@ fn died(tid: Pid, event: Event) -> Error {
 /// Makes one call in a stopped task through a `syscall` instruction that it has mapped at `syscall_at`. The
 /// task must be one that is being built: it does not get its registers back.
 pub fn call_at(tid: Pid, syscall_at: RemoteAddr, nr: i64, args: [u64; 6]) -> Result<i64> {
+    enter_call(tid, syscall_at, nr, args)?;
+    run_to_syscall(tid)?;
+    Ok(ptrace::regs(tid)?.rax as i64)
+}
+
+/// Stops a task at the entry into a call.
+fn enter_call(tid: Pid, syscall_at: RemoteAddr, nr: i64, args: [u64; 6]) -> Result<()> {
     let [rdi, rsi, rdx, r10, r8, r9] = args;
     let old = ptrace::regs(tid)?;
     let regs = Regs {
@@ -74,18 +81,36 @@ pub fn call_at(tid: Pid, syscall_at: RemoteAddr, nr: i64, args: [u64; 6]) -> Res
         ..old
     };
     ptrace::set_regs(tid, &regs)?;
-    // Entry and exit of the call.
-    for _ in 0..2 {
-        loop {
-            ptrace::cont_to_syscall(tid, 0)?;
-            match wait::until(tid, LIMIT)? {
-                Event::Stopped { signal, event: 0 } if signal & 0x7f == libc::SIGTRAP => break,
-                Event::Stopped { signal, .. } if signal & 0x7f != libc::SIGSEGV => {}
-                other => return Err(died(tid, other)),
-            }
+    run_to_syscall(tid)
+}
+
+/// As [`call_at`], but the task is asked to stop as soon as it is inside the call: the result is what an interrupted
+/// call leaves, -ERESTART_RESTARTBLOCK of one that the kernel can go on with.
+pub fn interrupted_call_at(tid: Pid, syscall_at: RemoteAddr, nr: i64, args: [u64; 6]) -> Result<i64> {
+    enter_call(tid, syscall_at, nr, args)?;
+    ptrace::interrupt_again(tid, 0)?;
+    loop {
+        match wait::until(tid, LIMIT)? {
+            Event::Stopped {
+                event: ptrace::EVENT_STOP,
+                ..
+            } => return Ok(ptrace::regs(tid)?.rax as i64),
+            Event::Stopped { signal, event: 0 } if !is_fault(signal & 0x7f) => ptrace::interrupt_again(tid, 0)?,
+            other => return Err(died(tid, other)),
         }
     }
-    Ok(ptrace::regs(tid)?.rax as i64)
+}
+
+/// Lets a task run to its next entry into a call or exit from one.
+fn run_to_syscall(tid: Pid) -> Result<()> {
+    loop {
+        ptrace::cont_to_syscall(tid, 0)?;
+        match wait::until(tid, LIMIT)? {
+            Event::Stopped { signal, event: 0 } if signal & 0x7f == libc::SIGTRAP => return Ok(()),
+            Event::Stopped { signal, .. } if signal & 0x7f != libc::SIGSEGV => {}
+            other => return Err(died(tid, other)),
+        }
+    }
 }
 
 impl Site {
