@@ -174,6 +174,7 @@ def _fill(
         "pid": state.pid,
         "image_path": os.path.abspath(image),
         "spec": spec,
+        "filter": _seccomp_filter(home, spec),
         "orphan": ruins.orphan_command(home, state),
         "background": filling.background,
         "record_working_set": filling.record_working_set,
@@ -192,6 +193,14 @@ def _fill(
         # step 10); that the program has ended already is worth none.
         say = log.warning if proc.is_alive(state.pid, state.start_time) else log.debug
         say(str(e))
+
+
+def _seccomp_filter(home: Home, spec: dict[str, Any]) -> dict[str, Any] | None:
+    """The spec's filter as the kernel gets it: what an image holds is no reason to go without."""
+    if not (spec.get("linux") or {}).get("seccomp"):
+        return None
+    found: dict[str, Any] | None = launcher.run("filter", *_home_flags(home))["filter"]
+    return found
 
 
 class _Building:

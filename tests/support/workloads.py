@@ -18,7 +18,7 @@ from support.cli import Container, Torpor, new_id
 SOURCES = bundles.REPO / "tests" / "workloads"
 BUILT = bundles.CACHE / "bin"
 # what the programs need beside Docker's set: a network namespace of their own has to be brought up
-CAPS = [*DOCKER_CAPS, "CAP_NET_ADMIN", "CAP_SYS_ADMIN"]
+CAPS = [*DOCKER_CAPS, "CAP_NET_ADMIN", "CAP_SYS_ADMIN", "CAP_SYS_NICE"]
 
 
 def compiled(name: str) -> Path:
@@ -127,6 +127,7 @@ class Workload:
     real: bool = False  # one of the real programs of issue 3
     needs: tuple[str, ...] = ()
     mounts: tuple[dict[str, Any], ...] = ()
+    cpu: tuple[tuple[str, int], ...] = ()  # linux.resources.cpu
 
 
 def _tmpfs(point: str, *options: str) -> dict[str, Any]:
@@ -147,6 +148,8 @@ WORKLOADS = {
         _c("sessions"), _c("robust"), _c("rseq"), _c("paging"), _c("late"),
         _c("clocks"), _c("waits"),
         _c("timerfds"), _c("posixtimers"), _c("pidfds"), _c("watches"), _c("locks"), _c("owners"),
+        # Where real-time groups are on, a group has no real-time processes unless it is given time for them.
+        Workload("scheduling", ("/bin/scheduling",), "busybox", cpu=(("realtimeRuntime", 10000), ("realtimePeriod", 1000000))),
         Workload("tmpfs", ("/bin/tmpfs",), "busybox",
                  mounts=(_tmpfs("/run", "noexec", "mode=755", "size=65536k"), _tmpfs("/tmp", "exec", "mode=1777"))),
         Workload("counter", ("sh", "/bin/counter.sh"), "busybox", real=True),
@@ -183,6 +186,8 @@ class Stage:
         )
         # the limits of a session may be too low for high file descriptors
         config["process"]["rlimits"] = [{"type": "RLIMIT_NOFILE", "soft": 4096, "hard": 4096}]
+        if self.workload.cpu:
+            config["linux"]["resources"] = {"cpu": dict(self.workload.cpu)}
         return config
 
     def _new_bundle(self) -> Path:

@@ -113,6 +113,7 @@ pub fn collect(frozen: &Frozen, blob: &mut dyn FnMut(&[u8]) -> Result<BlobRef>) 
         }
         let mut ctx = Context {
             frozen,
+            init,
             maps: &maps,
             tables: &mut tables,
             filters: &mut inventory.objects.seccomp,
@@ -280,6 +281,7 @@ fn zombies(parent: Pid, names: &Names, all: &mut Vec<Process>) -> Result<()> {
 /// What collecting one process needs of the whole.
 struct Context<'a, 'v> {
     frozen: &'a Frozen,
+    init: Pid,
     maps: &'a creds::IdMaps,
     tables: &'a mut memory::Tables<'v>,
     filters: &'a mut Vec<seccomp::State>,
@@ -421,7 +423,7 @@ impl<'f> Subject<'f> {
             if let Some((signals, settings, timers, brk)) = asked.process {
                 of_process = Some((
                     signals::answer_process(pid, signals, &results)?,
-                    settings::answer_process(pid, &settings, &results)?,
+                    settings::answer_process(pid, ctx.init, &settings, &results)?,
                     timers::answer(timers, &results),
                     posix_timers,
                     results.raw(brk) as u64,

@@ -4,6 +4,7 @@
 //! file for each kind of state. It knows nothing of OCI or Python.
 #![forbid(unsafe_code)]
 
+pub mod bounds;
 pub mod build;
 pub mod capture;
 pub mod checkpoint;

@@ -2,108 +2,17 @@
 
 use std::collections::BTreeSet;
 
-use serde_json::Value;
 use torpor_sys::Pid;
 use torpor_sys::mem::Memory;
 use torpor_sys::proc::{self, Limits};
 
+use crate::bounds::Bounds;
 use crate::error::{About, Error, Result};
 use crate::kinds::files::Object;
-use crate::kinds::{clocks, creds, mounts, settings, timerfd, vdso};
-use crate::model::{Body, Inventory, Process};
+use crate::kinds::{clocks, creds, mounts, scheduling, settings, timerfd, vdso};
+use crate::model::{Body, Inventory, Process, Thread};
 
-/// What the new container's spec grants at most.
-#[derive(Debug, Clone)]
-pub struct Bounds {
-    /// Capabilities as a bit mask.
-    pub capabilities: u64,
-    /// process.noNewPrivileges.
-    pub no_new_privs: bool,
-    /// The user id that processes are confined to: they cannot change it without CAP_SETUID.
-    pub only_uid: Option<u32>,
-    /// linux.seccomp is there: every thread must have a filter.
-    pub seccomp: bool,
-}
-
-const CAP_SETUID: u64 = 7;
-
-/// Names of capabilities by number (linux/capability.h).
-const CAPABILITIES: [&str; 41] = [
-    "CHOWN",
-    "DAC_OVERRIDE",
-    "DAC_READ_SEARCH",
-    "FOWNER",
-    "FSETID",
-    "KILL",
-    "SETGID",
-    "SETUID",
-    "SETPCAP",
-    "LINUX_IMMUTABLE",
-    "NET_BIND_SERVICE",
-    "NET_BROADCAST",
-    "NET_ADMIN",
-    "NET_RAW",
-    "IPC_LOCK",
-    "IPC_OWNER",
-    "SYS_MODULE",
-    "SYS_RAWIO",
-    "SYS_CHROOT",
-    "SYS_PTRACE",
-    "SYS_PACCT",
-    "SYS_ADMIN",
-    "SYS_BOOT",
-    "SYS_NICE",
-    "SYS_RESOURCE",
-    "SYS_TIME",
-    "SYS_TTY_CONFIG",
-    "MKNOD",
-    "LEASE",
-    "AUDIT_WRITE",
-    "AUDIT_CONTROL",
-    "SETFCAP",
-    "MAC_OVERRIDE",
-    "MAC_ADMIN",
-    "SYSLOG",
-    "WAKE_ALARM",
-    "BLOCK_SUSPEND",
-    "AUDIT_READ",
-    "PERFMON",
-    "BPF",
-    "CHECKPOINT_RESTORE",
-];
-
-fn mask(names: &Value) -> u64 {
-    let number = |name: &Value| {
-        let name = name.as_str()?.strip_prefix("CAP_")?;
-        CAPABILITIES.iter().position(|c| *c == name)
-    };
-    names
-        .as_array()
-        .into_iter()
-        .flatten()
-        .filter_map(number)
-        .fold(0, |all, n| all | 1 << n)
-}
-
-impl Bounds {
-    /// What a config.json grants (OCI runtime specification, process). An empty value grants everything.
-    pub fn of(spec: &Value) -> Bounds {
-        let process = &spec["process"];
-        let sets = &process["capabilities"];
-        let capabilities = if sets.is_null() {
-            u64::MAX
-        } else {
-            mask(&sets["bounding"])
-        };
-        let uid = process["user"]["uid"].as_u64().and_then(|u| u32::try_from(u).ok());
-        Bounds {
-            capabilities,
-            no_new_privs: process["noNewPrivileges"].as_bool().unwrap_or(false),
-            only_uid: uid.filter(|_| capabilities >> CAP_SETUID & 1 == 0),
-            seccomp: !spec["linux"]["seccomp"].is_null(),
-        }
-    }
-}
+const CAP_SYS_NICE: u64 = 23;
 
 /// # Errors
 /// The first reason why the image cannot be restored into the waiting process `init`.
@@ -142,14 +51,27 @@ pub fn plan(inventory: &Inventory, init: Pid, bounds: &Bounds) -> Result<()> {
     Ok(())
 }
 
+/// Lowers what would put the image's processes ahead of others on this machine, by more than the container grants. Each
+/// is a line in the report.
+pub fn lower(inventory: &mut Inventory, init: Pid, bounds: &Bounds) -> Result<()> {
+    let limits = proc::limits(init).about(init, "limits")?;
+    let most = scheduling::Most::of(init, &limits, bounds.grants(CAP_SYS_NICE)).about(init, "scheduling")?;
+    let mut said = Vec::new();
+    for process in &mut inventory.processes {
+        let Some(body) = &mut process.body else { continue };
+        said.extend(settings::lower(process.pid, &mut body.settings, init, bounds)?);
+        let lowered = |t: &mut Thread| most.lower(t.tid, &mut t.settings.scheduling);
+        said.extend(body.threads.iter_mut().filter_map(lowered));
+        body.settings.autogroup_nice = body.settings.autogroup_nice.max(most.least_nice());
+    }
+    inventory.warnings.append(&mut said);
+    Ok(())
+}
+
 fn living(process: &Process, body: &Body, bounds: &Bounds, limits: &Limits) -> Result<()> {
-    settings::plan_limits(process.pid, &body.settings.limits, limits)?;
+    settings::plan_limits(process.pid, &body.settings.limits, limits, bounds)?;
     for thread in &body.threads {
         creds::plan(thread.tid, &thread.creds, bounds)?;
-        if bounds.seccomp && thread.seccomp.is_empty() {
-            let why = "the container has a seccomp filter, this thread of the image has none";
-            return Err(Error::refused(thread.tid, "seccomp", why));
-        }
     }
     Ok(())
 }
@@ -196,22 +118,4 @@ fn shape(inventory: &Inventory) -> Result<()> {
         return Err(Error::nonsense("it holds no process"));
     }
     Ok(())
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn bounds_come_from_the_spec() {
-        let spec = serde_json::json!({"process": {"user": {"uid": 7}, "noNewPrivileges": true,
-            "capabilities": {"bounding": ["CAP_CHOWN", "CAP_KILL"]}}});
-        let bounds = Bounds::of(&spec);
-        assert_eq!(
-            (bounds.capabilities, bounds.no_new_privs, bounds.only_uid),
-            (0b10_0001, true, Some(7))
-        );
-        assert!(!bounds.seccomp);
-        assert_eq!(Bounds::of(&Value::Null).capabilities, u64::MAX);
-    }
 }

@@ -8,15 +8,16 @@ use torpor_image::Reader;
 use torpor_sys::fork;
 use torpor_sys::ptrace::{self, Options};
 
+use crate::bounds::Bounds;
 use crate::build::{self, Late, Objects, Skeleton};
 use crate::error::{About, Result};
 use crate::fill;
 use crate::huge;
 use crate::kinds::memory::Area;
-use crate::kinds::{shared, tmpfs};
+use crate::kinds::{seccomp, shared, tmpfs};
 use crate::model::Inventory;
 use crate::pager::{self, Pager};
-use crate::plan::{self, Bounds};
+use crate::plan;
 use crate::stage::{Cancel, Run, Stage, Timing};
 
 /// What to do.
@@ -35,6 +36,9 @@ pub struct Request {
     /// The new container's config.json: what it grants at most.
     #[serde(default)]
     pub spec: Value,
+    /// The seccomp filter of that spec, as the kernel holds it.
+    #[serde(default)]
+    pub filter: Option<seccomp::State>,
 }
 
 /// What was done.
@@ -81,8 +85,12 @@ pub fn restore(request: &Request, cancel: &Cancel, on_loaded: &mut dyn FnMut() -
     })?;
     let bounds = Bounds::of(&request.spec);
     let inventory: Inventory = run.stage(Stage::Plan, || {
-        let inventory: Inventory = image.section("metadata")?;
+        let mut inventory: Inventory = image.section("metadata")?;
+        if let Some(filter) = &request.filter {
+            seccomp::impose(&mut inventory, filter)?;
+        }
         plan::plan(&inventory, request.pid, &bounds)?;
+        plan::lower(&mut inventory, request.pid, &bounds)?;
         tmpfs::plan(&inventory.tmpfs, &image, request.pid, &bounds, cancel)?;
         Ok(inventory)
     })?;

@@ -49,6 +49,7 @@ fn dispatch(flags: &Flags, report: &mut Report) -> Result<i32, Error> {
         "exec" => verbs::exec::run(flags, report),
         "delete" => verbs::delete::run(flags, report),
         "hook" => verbs::hook::run(flags),
+        "filter" => verbs::filter::run(flags, report),
         "features" => Ok(verbs::features::run()),
         verb => Err(Error::Usage(format!("{verb:?} is not a verb"))),
     }

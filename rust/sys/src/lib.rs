@@ -19,6 +19,7 @@ pub mod probe;
 pub mod proc;
 pub mod ptrace;
 pub mod remote;
+pub mod sched;
 pub mod sleepers;
 pub mod socket;
 pub mod timens;

@@ -24,10 +24,10 @@ use torpor_sys::remote::{Arg, Batch, Site};
 use torpor_sys::wait::{self, Event};
 use torpor_sys::{PAGE_SIZE, Pid, fork, pidfd, proc};
 
+use crate::bounds::Bounds;
 use crate::error::{About, Error, Result};
 use crate::kinds::{memory, tmpfs, vdso};
 use crate::model::Inventory;
-use crate::plan::Bounds;
 use crate::stage::Cancel;
 
 pub use late::Late;
@@ -45,6 +45,8 @@ pub struct Skeleton {
     pub sites: BTreeMap<i32, Site>,
     /// Other threads: (container's thread id, site), by the container's process id.
     pub threads: BTreeMap<i32, Vec<(i32, Site)>>,
+    /// What the container's programs may do at most: init opens files within it.
+    bounds: Bounds,
     /// What init's standard streams were.
     pub stdio: [Option<OwnedFd>; 3],
     /// Where a `syscall` instruction is in the vdso, from its start.
@@ -78,7 +80,7 @@ pub fn build(
     bounds: &Bounds,
     cancel: &Cancel,
 ) -> Result<(Skeleton, Objects)> {
-    let mut skeleton = Skeleton::seize(inventory, init)?;
+    let mut skeleton = Skeleton::seize(inventory, init, bounds)?;
     skeleton.empty()?;
     skeleton.connect()?;
     skeleton.grow(inventory)?;
@@ -95,7 +97,7 @@ pub fn build(
 
 impl Skeleton {
     /// Takes hold of the blank process and gives it the stub.
-    fn seize(inventory: &Inventory, init: Pid) -> Result<Skeleton> {
+    fn seize(inventory: &Inventory, init: Pid, bounds: &Bounds) -> Result<Skeleton> {
         let options = Options::EXIT_KILL
             .and(Options::SUSPEND_SECCOMP)
             .and(Options::FOLLOW)
@@ -127,6 +129,7 @@ impl Skeleton {
             init,
             sites: BTreeMap::new(),
             threads: BTreeMap::new(),
+            bounds: bounds.clone(),
             stdio: stdio(init)?,
             syscall_offset: syscall_at - code.start,
             kernel,

@@ -7,14 +7,15 @@ use std::os::unix::fs::FileExt;
 use torpor_image::Reader;
 use torpor_sys::mem::Mapping;
 use torpor_sys::remote::Batch;
-use torpor_sys::{PAGE_SIZE, fd, pidfd};
+use torpor_sys::{PAGE_SIZE, fd, pidfd, proc};
 
 use super::Skeleton;
+use crate::bounds::Bounds;
 use crate::capture::SHARED;
 use crate::error::{About, Error, Result};
 use crate::kinds::files::{Description, Object, PathState};
 use crate::kinds::{
-    console, epoll, eventfd, files, inet, locks, pidfd as pidfds, pipe, shared, signalfd, timerfd, unix,
+    console, creds, epoll, eventfd, files, inet, locks, pidfd as pidfds, pipe, shared, signalfd, timerfd, unix,
 };
 use crate::model::Inventory;
 use crate::stage::Cancel;
@@ -89,7 +90,19 @@ fn mapped(skeleton: &Skeleton, inventory: &Inventory) -> Result<Vec<OwnedFd>> {
         .iter()
         .map(|m| (m.path.clone(), if m.writable { libc::O_RDWR } else { libc::O_RDONLY }))
         .collect();
-    let opened = skeleton.open_inside(&wanted)?;
+    let mut opened = skeleton.open_as(&wanted, None)?;
+    // A program may run without being readable to its user; everything else must be.
+    let mut judged = Vec::new();
+    for (at, (file, (path, flags))) in opened.iter().zip(&wanted).enumerate() {
+        let runs = fd::stat(file).about(1, path)?.mode & 0o111 != 0;
+        if *flags != libc::O_RDONLY || !runs {
+            judged.push(at);
+        }
+    }
+    let again: Vec<(String, i32)> = judged.iter().map(|at| wanted[*at].clone()).collect();
+    for (at, file) in judged.into_iter().zip(skeleton.open_inside(&again)?) {
+        opened[at] = file;
+    }
     for (file, state) in opened.iter().zip(&inventory.objects.mapped) {
         let now = fd::stat(file).about(1, &state.path)?;
         files::check_unchanged(1, &state.path, state.size, now.kind() == libc::S_IFREG, &now)?;
@@ -294,17 +307,29 @@ impl Sockets {
 }
 
 impl Skeleton {
-    /// Opens files in init, as it sees them, and takes descriptors of ours for them.
+    /// Opens files in init, as it sees them and as a program of the container could, and takes descriptors of ours
+    /// for them.
     fn open_inside(&self, wanted: &[(String, i32)]) -> Result<Vec<OwnedFd>> {
+        self.open_as(wanted, Some(&self.bounds))
+    }
+
+    fn open_as(&self, wanted: &[(String, i32)], bounds: Option<&Bounds>) -> Result<Vec<OwnedFd>> {
+        let have = proc::status(self.init).about(self.init, "status")?.cap_effective;
         let mut all = Vec::new();
         for group in wanted.chunks(AT_ONCE) {
             let mut batch = Batch::new();
+            if let Some(bounds) = bounds {
+                creds::act_within(&mut batch, bounds, have);
+            }
             let mut calls = Vec::new();
             for (path, flags) in group {
                 let name = batch.string(path);
                 let flags = flags | libc::O_CLOEXEC | libc::O_NOCTTY;
                 let args = [libc::AT_FDCWD.into(), name.into(), flags.into(), 0.into()];
                 calls.push(batch.must(format!("open of {path}"), libc::SYS_openat, args));
+            }
+            if bounds.is_some() {
+                creds::act_as_before(&mut batch, have);
             }
             all.extend(self.pull(&batch, &calls)?);
         }

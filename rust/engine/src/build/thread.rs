@@ -43,6 +43,7 @@ impl Skeleton {
             seccomp::rebuild(&mut batch, &thread.seccomp, &inventory.objects.seccomp)?;
             site.run(&batch).about(tid, "thread")?;
         }
+        settings::rebuild_outside(self.site(process.pid)?.tid(), &body.settings)?;
         let mut batch = Batch::new();
         settings::rebuild_limits(&mut batch, &body.settings);
         self.site(process.pid)?.run(&batch).about(process.pid, "limits")?;

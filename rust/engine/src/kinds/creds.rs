@@ -4,8 +4,12 @@ use serde::{Deserialize, Serialize};
 use torpor_sys::proc::Status;
 use torpor_sys::remote::{Batch, Results};
 
+use crate::bounds::Bounds;
 use crate::error::{Error, Result};
-use crate::plan::Bounds;
+
+const CAP_SETPCAP: u64 = 8;
+/// Set by PR_SET_KEEPCAPS too, which needs no capability (capabilities(7)).
+const SECBIT_KEEP_CAPS: u64 = 1 << 4;
 
 /// The credentials of a thread.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -75,26 +79,65 @@ pub fn answer(status: &Status, maps: &IdMaps, asked: usize, results: &Results) -
 pub fn plan(pid: i32, state: &State, bounds: &Bounds) -> Result<()> {
     let names = ["inheritable", "permitted", "effective", "bounding", "ambient"];
     for (name, caps) in names.iter().zip(state.caps) {
-        let extra = caps & !bounds.capabilities;
-        if extra != 0 {
+        let most = match *name {
+            "inheritable" | "bounding" => bounds.bounding,
+            _ => bounds.capabilities,
+        };
+        if caps & !most != 0 {
+            let extra = caps & !most;
             let why = format!("the image asks for {name} capabilities {extra:#x} that the container does not grant");
             return Err(Error::refused(pid, "capabilities", why));
         }
     }
     if bounds.no_new_privs && !state.no_new_privs {
-        return Err(Error::refused(
-            pid,
-            "no_new_privs",
-            "the container sets it, the image does not",
-        ));
+        let why = "the container sets it, the image does not";
+        return Err(Error::refused(pid, "no_new_privs", why));
     }
+    if state.securebits != 0 && !bounds.grants(CAP_SETPCAP) && state.securebits != SECBIT_KEEP_CAPS {
+        let why = format!("the image sets {:#x}, which needs CAP_SETPCAP", state.securebits);
+        return Err(Error::refused(pid, "securebits", why));
+    }
+    plan_ids(pid, state, bounds)
+}
+
+fn plan_ids(pid: i32, state: &State, bounds: &Bounds) -> Result<()> {
     if let Some(uid) = bounds.only_uid
-        && state.uids.iter().any(|u| *u == 0 && uid != 0)
+        && let Some(other) = state.uids.iter().find(|u| **u != uid)
     {
-        let why = format!("the image acts as user 0, the container runs as user {uid} without CAP_SETUID");
+        let why = format!("the image acts as user {other}, the container runs as user {uid} without CAP_SETUID");
         return Err(Error::refused(pid, "uid", why));
     }
+    if let Some(gids) = &bounds.only_gids
+        && let Some(other) = state.gids.iter().chain(&state.groups).find(|g| !gids.contains(g))
+    {
+        let why = format!("the image acts as group {other}, which the container does not grant without CAP_SETGID");
+        return Err(Error::refused(pid, "gid", why));
+    }
     Ok(())
+}
+
+/// What follows in the batch is judged as if a program of the container did it, with all that the spec grants.
+/// `have` are the capabilities to come back to ([`act_as_before`]).
+pub fn act_within(batch: &mut Batch, bounds: &Bounds, have: u64) {
+    if let Some(gids) = &bounds.only_gids {
+        set_groups(batch, gids);
+        batch.may(
+            "setfsgid",
+            libc::SYS_setfsgid,
+            [gids.first().copied().unwrap_or(0).into()],
+        );
+    }
+    if let Some(uid) = bounds.only_uid {
+        batch.may("setfsuid", libc::SYS_setfsuid, [uid.into()]);
+    }
+    capset(batch, [have & bounds.capabilities, have, 0]);
+}
+
+/// The end of [`act_within`].
+pub fn act_as_before(batch: &mut Batch, have: u64) {
+    capset(batch, [have, have, 0]);
+    batch.may("setfsuid", libc::SYS_setfsuid, [0.into()]);
+    batch.may("setfsgid", libc::SYS_setfsgid, [0.into()]);
 }
 
 /// Sets everything, for one thread, by raw calls. The order is forced: the bounding set and the securebits need
@@ -143,20 +186,20 @@ pub fn rebuild(batch: &mut Batch, state: &State, have: u64) {
 }
 
 fn ids(batch: &mut Batch, state: &State) {
-    let groups: Vec<u8> = state.groups.iter().flat_map(|g| g.to_le_bytes()).collect();
-    let list = batch.data(&groups);
-    // A user namespace may forbid it (setgroups "deny"); then the groups are what they always were.
-    batch.may(
-        "setgroups",
-        libc::SYS_setgroups,
-        [state.groups.len().into(), list.into()],
-    );
+    set_groups(batch, &state.groups);
     let [r, e, s, f] = state.gids;
     batch.must("setresgid", libc::SYS_setresgid, [r.into(), e.into(), s.into()]);
     batch.may("setfsgid", libc::SYS_setfsgid, [f.into()]);
     let [r, e, s, f] = state.uids;
     batch.must("setresuid", libc::SYS_setresuid, [r.into(), e.into(), s.into()]);
     batch.may("setfsuid", libc::SYS_setfsuid, [f.into()]);
+}
+
+fn set_groups(batch: &mut Batch, groups: &[u32]) {
+    let bytes: Vec<u8> = groups.iter().flat_map(|g| g.to_le_bytes()).collect();
+    let list = batch.data(&bytes);
+    // A user namespace may forbid it (setgroups "deny"); then the groups are what they always were.
+    batch.may("setgroups", libc::SYS_setgroups, [groups.len().into(), list.into()]);
 }
 
 /// `[effective, permitted, inheritable]` by capset(2), version 3: two words of 32 bits each.

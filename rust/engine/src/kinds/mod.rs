@@ -22,6 +22,7 @@ pub mod pidfd;
 pub mod pipe;
 pub mod posix_timers;
 pub mod restart;
+pub mod scheduling;
 pub mod seccomp;
 pub mod settings;
 pub mod shared;

@@ -7,6 +7,7 @@ use torpor_sys::ptrace;
 use torpor_sys::remote::Batch;
 
 use crate::error::{About, Error, Result};
+use crate::model::Inventory;
 
 /// One filter.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -45,6 +46,32 @@ pub fn collect(tid: Pid, status: &Status, all: &mut Vec<State>) -> Result<Vec<us
     }
     chain.reverse();
     Ok(chain)
+}
+
+/// Gives every thread of the image the filter of the new container's spec, before its own. Those saved under the same
+/// spec have it; other filters than the spec's are no stand-in for it.
+///
+/// # Errors
+/// Refused: a thread without any filter. It was saved where none was asked for.
+pub fn impose(inventory: &mut Inventory, filter: &State) -> Result<()> {
+    let all = &mut inventory.objects.seccomp;
+    let same: Vec<usize> = (0..all.len()).filter(|i| all[*i].program == filter.program).collect();
+    for thread in inventory
+        .processes
+        .iter_mut()
+        .filter_map(|p| p.body.as_mut())
+        .flat_map(|b| &mut b.threads)
+    {
+        if thread.seccomp.is_empty() {
+            let why = "the container has a seccomp filter, this thread of the image has none";
+            return Err(Error::refused(thread.tid, "seccomp", why));
+        }
+        if !thread.seccomp.iter().any(|index| same.contains(index)) {
+            thread.seccomp.insert(0, all.len());
+        }
+    }
+    all.push(filter.clone());
+    Ok(())
 }
 
 /// Installs the filters. Calls made after this are not judged by them: the tracer suspends seccomp.

@@ -9,8 +9,8 @@ use serde::{Deserialize, Serialize};
 use torpor_sys::event;
 use torpor_sys::proc::{self, FdInfo};
 
+use crate::bounds::Bounds;
 use crate::error::{About, Error, Result};
-use crate::plan::Bounds;
 
 const CAP_WAKE_ALARM: u32 = 35;
 const REALTIME_ALARM: i32 = 8;

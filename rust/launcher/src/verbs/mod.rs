@@ -4,6 +4,7 @@ pub mod create;
 pub mod delete;
 pub mod exec;
 pub mod features;
+pub mod filter;
 pub mod hook;
 pub mod start;
 pub mod started;

@@ -12,8 +12,8 @@ use torpor_sys::{Pid, fd, tree};
 use super::guest::Guest;
 use super::target::{Existing, Ground, Place, Target, existing, is_name, keeps};
 use super::{Entry, Kind, LIST, LOOK, Line, Meta, PIECE, STRANGER, State, is_carried, join, outside, translate};
+use crate::bounds::Bounds;
 use crate::error::{About, Error, Result};
-use crate::plan::Bounds;
 use crate::stage::Cancel;
 
 /// Brings the tmpfs mounts of the new container to the state of the image.

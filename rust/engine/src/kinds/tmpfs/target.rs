@@ -8,10 +8,10 @@ use torpor_sys::tree::{self, Node};
 use torpor_sys::{Pid, proc};
 
 use super::{Entry, Kind, LIST, LOOK, Line, Meta, STRANGER, State, inside, is, join, outside, shown};
+use crate::bounds::Bounds;
 use crate::error::{About, Error, Result};
 use crate::kinds::creds::IdMaps;
 use crate::kinds::mounts::Table;
-use crate::plan::Bounds;
 use crate::stage::Cancel;
 
 /// What the new container's own processes could do to its files.

@@ -12,10 +12,10 @@ use torpor_image::{HeaderInfo, Reader, Writer};
 use torpor_sys::{Pid, proc};
 
 use super::*;
+use crate::bounds::Bounds;
 use crate::error::Error;
 use crate::kinds::creds::IdMaps;
 use crate::kinds::mounts::Table;
-use crate::plan::Bounds;
 use crate::stage::Cancel;
 
 /// A process with mounts of its own: a tmpfs at /mnt, and what `script` does.
