@@ -11,6 +11,7 @@ that works on this kernel is on PATH, it does the same work beside. Numbers of o
 """
 
 import argparse
+import compileall
 import json
 import mmap
 import os
@@ -477,6 +478,8 @@ def main() -> int:
         return 1
     procs.become_subreaper()
     procs.Reaper()
+    # As pip leaves it: without this every command would compile what it imports.
+    compileall.compile_dir(str(Path(torpor.__file__).parent), quiet=2)
     wanted = options.only.split(",")
     with tempfile.TemporaryDirectory(prefix="torpor-bench-", dir=options.directory) as name:
         b = Bench(Path(name), 3 if options.quick else options.runs)
