@@ -3,6 +3,7 @@
 import json
 import os
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -235,6 +236,37 @@ def test_a_container_with_an_exec_in_it(torpor: Torpor, waiter: Callable[..., Co
     if len(again.host_pids()) != before:
         assert other in told and "sleep" in told and "exec" in told, told
         assert "sleep" in told_again, told_again
+
+
+NEGLIGENT = """
+import ctypes, subprocess, sys, time
+ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)  # PR_SET_CHILD_SUBREAPER
+subprocess.run(sys.argv[1:], check=True)
+print("ready", flush=True)
+time.sleep(1000)
+"""
+
+
+def test_a_parent_outside_that_never_waits(torpor: Torpor, waiter: Callable[..., Container], tmp: Path) -> None:
+    """The zombie of a process of `exec` is no reason to wait: nothing of the container is left but numbers."""
+    c = waiter()
+    argv = torpor.argv("exec", "--detach", c.id, "sleep", "100000")
+    with procs.claiming:
+        negligent = subprocess.Popen([sys.executable, "-c", NEGLIGENT, *argv], stdout=subprocess.PIPE)
+        procs.claimed.add(negligent.pid)
+    try:
+        assert negligent.stdout is not None and negligent.stdout.readline() == b"ready\n"
+        # The engine gives up on a task that does not end after ten seconds.
+        c.checkpoint(tmp / "image", timeout=8)
+        assert c.status == "stopped"
+        left = [p for p in procs.descendants(negligent.pid) if p.state == "Z"]
+        assert left, "somebody has waited for it: this test shows nothing"
+    finally:
+        negligent.kill()
+        negligent.communicate()
+        procs.claimed.discard(negligent.pid)
+    procs.reap()
+    torpor("delete", c.id)
 
 
 def test_what_containerd_and_podman_really_pass(torpor: Torpor, waiter: Callable[..., Container], tmp: Path) -> None:

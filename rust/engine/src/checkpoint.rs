@@ -7,7 +7,8 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use torpor_image::{HeaderInfo, Writer};
 
-use crate::error::Result;
+use crate::advance::Advance;
+use crate::error::{Error, Result};
 use crate::stage::{Cancel, Run, Stage, Timing};
 use crate::{capture, collect, freeze, huge, twin};
 
@@ -75,19 +76,38 @@ pub struct Report {
 
 /// Saves a container. When this returns an error the container runs on and no image exists.
 pub fn checkpoint(request: &Request, cancel: &Cancel) -> Result<Report> {
+    let in_advance = request.mode(false) == Capture::Background;
+    match attempt(request, in_advance, cancel)? {
+        Some(report) => Ok(report),
+        // What was read before the pause was not true in it: now it is read in the pause.
+        None => attempt(request, false, cancel)?.ok_or_else(|| Error::nonsense("nothing was assumed")),
+    }
+}
+
+/// `None` when what was read in advance has turned out to be wrong.
+fn attempt(request: &Request, in_advance: bool, cancel: &Cancel) -> Result<Option<Report>> {
     let mut run = Run::new(cancel);
     torpor_sys::fd::raise_limit();
     // Before anything is stopped: a directory that cannot take an image is the commonest mistake.
     let mut writer = run.stage(Stage::Write, || Ok(Writer::create(&request.image_path, header())?))?;
+    let mut advance = match in_advance {
+        true => Advance::read(request.pid),
+        false => Advance::default(),
+    };
     let frozen = run.stage(Stage::Freeze, || freeze::freeze(request.pid))?;
+    if request.mode(frozen.was_paused()) == Capture::Stop {
+        // Without a twin nothing can be confirmed.
+        advance = Advance::default();
+    }
     let mut collected = run.stage(Stage::Collect, || {
-        collect::collect(&frozen, &mut |bytes| {
+        collect::collect(&frozen, advance, &mut |bytes| {
             cancel.check()?;
             Ok(writer.append_blob(bytes)?)
         })
     })?;
     let since = frozen.since;
     let mut pause = Duration::ZERO;
+    let mut confirmed = true;
     let (frozen, captured) = run.stage(Stage::Capture, || match request.mode(frozen.was_paused()) {
         Capture::Stop => {
             let captured = capture::capture(&collected, &mut writer, cancel)?;
@@ -106,13 +126,19 @@ pub fn checkpoint(request: &Request, cancel: &Cancel) -> Result<Report> {
             let twins = twin::make(&collected.sources)?;
             frozen.release()?;
             pause = since.elapsed();
-            captured.add(&capture::from(&collected, |pid| twins.of(pid), &mut writer, cancel)?);
-            huge::collect(&mut collected, |pid| twins.of(pid))?;
+            confirmed = twins.confirm(&collected.sources)?;
+            if confirmed {
+                captured.add(&capture::from(&collected, |pid| twins.of(pid), &mut writer, cancel)?);
+                huge::collect(&mut collected, |pid| twins.of(pid))?;
+            }
             twins.check()?;
             twins.dismiss()?;
             Ok((None, captured))
         }
     })?;
+    if !confirmed {
+        return Ok(None);
+    }
     let committed = run.stage(Stage::Write, || {
         writer.add_section("metadata", &collected.inventory)?;
         writer.add_section("spec", &request.spec)?;
@@ -124,7 +150,7 @@ pub fn checkpoint(request: &Request, cancel: &Cancel) -> Result<Report> {
         frozen.kill(request.pid)?;
         pause = since.elapsed();
     }
-    Ok(Report {
+    Ok(Some(Report {
         image: committed.path,
         bytes: committed.bytes,
         pages: captured.pages,
@@ -133,7 +159,7 @@ pub fn checkpoint(request: &Request, cancel: &Cancel) -> Result<Report> {
         pause_us: pause.as_micros().try_into().unwrap_or(u64::MAX),
         stages: run.timings(),
         warnings: collected.inventory.warnings,
-    })
+    }))
 }
 
 fn header() -> HeaderInfo {

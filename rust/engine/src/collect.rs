@@ -13,6 +13,7 @@ use torpor_sys::remote::visit::Host;
 use torpor_sys::remote::{Batch, Door};
 use torpor_sys::{Pid, kcmp};
 
+use crate::advance::Advance;
 use crate::error::{About, Error, Result};
 use crate::freeze::{Frozen, FrozenProcess};
 use crate::kinds::{
@@ -31,6 +32,8 @@ pub struct Source {
     pub pid: Pid,
     /// Index in [`Inventory::processes`].
     pub index: usize,
+    /// Its mappings, when their flags were read before it stopped and are still to be confirmed.
+    pub assumed: Option<Vec<Vma>>,
 }
 
 /// What collecting gives: the inventory, and where the bytes are.
@@ -64,11 +67,16 @@ struct Subject<'f> {
     stat: Stat,
     status: Status,
     vmas: Vec<Vma>,
+    is_assumed: bool,
     memory: Memory,
 }
 
-/// Collects. `blob` stores bytes in the image.
-pub fn collect(frozen: &Frozen, blob: &mut dyn FnMut(&[u8]) -> Result<BlobRef>) -> Result<Collected> {
+/// Collects. `advance` is what is known already; `blob` stores bytes in the image.
+pub fn collect(
+    frozen: &Frozen,
+    mut advance: Advance,
+    blob: &mut dyn FnMut(&[u8]) -> Result<BlobRef>,
+) -> Result<Collected> {
     let init = frozen
         .processes
         .first()
@@ -106,7 +114,7 @@ pub fn collect(frozen: &Frozen, blob: &mut dyn FnMut(&[u8]) -> Result<BlobRef>) 
     let mut sources = Vec::new();
     let mut watch = restart::Watch::default();
     for (process, (_, fds)) in members.iter().zip(&fd_tables) {
-        let subject = Subject::of(process)?;
+        let subject = Subject::of(process, &mut advance)?;
         check_namespaces(process.pid, init)?;
         if process.pid == init {
             inventory.vdso = vdso::collect(&subject.memory, &subject.vmas)?;
@@ -126,6 +134,7 @@ pub fn collect(frozen: &Frozen, blob: &mut dyn FnMut(&[u8]) -> Result<BlobRef>) 
         sources.push(Source {
             pid: process.pid,
             index: inventory.processes.len(),
+            assumed: subject.is_assumed.then(|| subject.vmas.clone()),
         });
         inventory.processes.push(subject.process(&names, Some(body))?);
         zombies(process.pid, &names, &mut inventory.processes)?;
@@ -312,7 +321,7 @@ struct Asked {
 }
 
 impl<'f> Subject<'f> {
-    fn of(frozen: &'f FrozenProcess) -> Result<Subject<'f>> {
+    fn of(frozen: &'f FrozenProcess, advance: &mut Advance) -> Result<Subject<'f>> {
         let pid = frozen.pid;
         let status = proc::status(pid).about(pid, "status")?;
         if status.core_dumping {
@@ -323,11 +332,13 @@ impl<'f> Subject<'f> {
                 "wait until it has ended",
             ));
         }
+        let (vmas, is_assumed) = advance.settle(pid, &status)?;
         Ok(Subject {
             frozen,
             stat: proc::stat(pid).about(pid, "stat")?,
             status,
-            vmas: proc::smaps(pid).about(pid, "smaps")?,
+            vmas,
+            is_assumed,
             memory: memory::open(pid)?,
         })
     }

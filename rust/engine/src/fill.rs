@@ -1,17 +1,32 @@
 //! The bytes of memory, from the image's page cache into the processes: one copy.
 
+use std::sync::atomic::{AtomicUsize, Ordering};
+
 use torpor_image::{PageRun, Reader};
-use torpor_sys::PAGE_SIZE;
 use torpor_sys::mem::{Mapping, Memory};
 
 use crate::build::Skeleton;
-use crate::error::{About, Result};
+use crate::error::{About, Error, Result};
 use crate::kinds::memory::Area;
 use crate::model::{Body, Inventory};
 use crate::stage::Cancel;
 
-/// How much of the image is mapped at once.
-const PIECE: u64 = 64 << 20;
+/// How much of the image is mapped at once, by each thread.
+const PIECE: u64 = 8 << 20;
+
+/// More threads only wait for each other: a copy is bound by memory.
+const THREADS: usize = 4;
+
+/// A part of a run that goes to one process.
+struct Piece<'a> {
+    memory: &'a Memory,
+    area: &'a Area,
+    /// Where it goes.
+    address: u64,
+    /// Where it comes from in the image.
+    offset: u64,
+    len: u64,
+}
 
 /// Fills the private memory of every process, as far as `wanted` says.
 pub fn fill(
@@ -21,17 +36,67 @@ pub fn fill(
     cancel: &Cancel,
     wanted: impl Fn(&Area) -> bool,
 ) -> Result<u64> {
-    let mut bytes = 0;
+    let mut pieces = Vec::new();
     for (index, process) in inventory.processes.iter().enumerate() {
         let Some(body) = &process.body else { continue };
         let memory = skeleton.site(process.pid)?.memory();
         for run in image.runs_of(index as u32).iter().filter(|r| !r.is_zero()) {
             for (area, start, end) in parts(body, run).filter(|(area, ..)| wanted(area)) {
-                bytes += copy(memory, area, run, start..end, image, cancel)?;
+                cut(memory, area, run, start..end, &mut pieces);
             }
         }
     }
-    Ok(bytes)
+    // Writing past a protection may be the tracer's right alone, and the tracer is a thread (proc_mem.force_override).
+    let (opened, forced): (Vec<_>, Vec<_>) = pieces.into_iter().partition(|p| p.area.is_opened());
+    copy_all(&forced, 1, image, cancel)?;
+    let total: u64 = opened.iter().map(|p| p.len).sum();
+    let cpus = std::thread::available_parallelism().map_or(1, usize::from);
+    let useful = (total / PIECE) as usize;
+    copy_all(&opened, cpus.min(THREADS).min(useful), image, cancel)?;
+    Ok(total + forced.iter().map(|p| p.len).sum::<u64>())
+}
+
+fn cut<'a>(
+    memory: &'a Memory,
+    area: &'a Area,
+    run: &PageRun,
+    range: std::ops::Range<u64>,
+    pieces: &mut Vec<Piece<'a>>,
+) {
+    let mut address = range.start;
+    while address < range.end {
+        let len = PIECE.min(range.end - address);
+        let offset = run.offset + (address - run.start);
+        pieces.push(Piece {
+            memory,
+            area,
+            address,
+            offset,
+            len,
+        });
+        address += len;
+    }
+}
+
+/// Copies by the calling thread and as many others as make `threads`.
+fn copy_all(pieces: &[Piece<'_>], threads: usize, image: &Reader, cancel: &Cancel) -> Result<()> {
+    let next = AtomicUsize::new(0);
+    let work = || -> Result<()> {
+        while let Some(piece) = pieces.get(next.fetch_add(1, Ordering::Relaxed)) {
+            if let Err(e) = cancel.check().and_then(|()| copy(piece, image)) {
+                // Nobody need go on.
+                next.store(pieces.len(), Ordering::Relaxed);
+                return Err(e);
+            }
+        }
+        Ok(())
+    };
+    std::thread::scope(|scope| {
+        let others: Vec<_> = (1..threads).map(|_| scope.spawn(work)).collect();
+        let panicked = |_| Err(Error::nonsense("a thread that fills memory panicked"));
+        let joined = others.into_iter().map(|t| t.join().unwrap_or_else(panicked));
+        std::iter::once(work()).chain(joined).fold(Ok(()), Result::and)
+    })
 }
 
 /// A run of pages may lie in several areas: each with the addresses of the run in it.
@@ -43,29 +108,15 @@ pub fn parts<'b>(body: &'b Body, run: &PageRun) -> impl Iterator<Item = (&'b Are
     touched.map(move |a| (a, start.max(a.start), end.min(a.end)))
 }
 
-fn copy(
-    memory: &Memory,
-    area: &Area,
-    run: &PageRun,
-    range: std::ops::Range<u64>,
-    image: &Reader,
-    cancel: &Cancel,
-) -> Result<u64> {
-    let pid = memory.pid();
-    let mut at = range.start;
-    while at < range.end {
-        cancel.check()?;
-        let len = PIECE.min(range.end - at);
-        let (file, offset) = image.stored(run.offset + (at - run.start))?;
-        let data = Mapping::of(file, offset, len as usize).about(pid, "image")?;
-        // An area that never was writable is written to from outside.
-        let done = if area.is_opened() {
-            memory.scatter(at, data.bytes())
-        } else {
-            memory.write(at, data.bytes())
-        };
-        done.about(pid, "memory")?;
-        at += len;
-    }
-    Ok((range.end - range.start) / PAGE_SIZE * PAGE_SIZE)
+fn copy(piece: &Piece<'_>, image: &Reader) -> Result<()> {
+    let pid = piece.memory.pid();
+    let (file, offset) = image.stored(piece.offset)?;
+    let data = Mapping::of(file, offset, piece.len as usize).about(pid, "image")?;
+    // An area that never was writable is written to from outside.
+    let done = if piece.area.is_opened() {
+        piece.memory.scatter(piece.address, data.bytes())
+    } else {
+        piece.memory.write(piece.address, data.bytes())
+    };
+    done.about(pid, "memory")
 }

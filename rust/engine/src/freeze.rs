@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use torpor_sys::cgroup::Freezer;
 use torpor_sys::ptrace::{self, Options};
-use torpor_sys::wait::{self, Event};
+use torpor_sys::wait;
 use torpor_sys::{Pid, fork, proc};
 
 use crate::error::{About, Error, Result};
@@ -14,6 +14,9 @@ use crate::kinds::cpu;
 
 /// How long a task may take to stop or to end.
 pub const LIMIT: Duration = Duration::from_secs(10);
+
+/// How long init's end is waited for when only its parent's or an outsider's wait(2) is missing.
+const ODD: Duration = Duration::from_millis(50);
 
 /// A process whose threads are all stopped by us.
 #[derive(Debug)]
@@ -210,41 +213,27 @@ impl Frozen {
     }
 
     fn wait_stop(&mut self, tid: Pid, end: Instant) -> Result<()> {
-        loop {
-            let left = end.saturating_duration_since(Instant::now());
-            match wait::until(tid, left).about(tid, "thread")? {
-                Event::Stopped {
-                    signal,
-                    event: ptrace::EVENT_STOP,
-                } => {
-                    if signal != libc::SIGTRAP {
-                        self.stopped.insert(tid);
-                    }
-                    if cpu::rewind_unnoticed(tid)? {
-                        self.rewound.insert(tid);
-                    }
-                    self.note(tid);
-                    return Ok(());
-                }
-                // A signal on its way: let it go on its way, the stop comes next.
-                Event::Stopped { signal, event: 0 } => ptrace::interrupt_again(tid, signal).about(tid, "thread")?,
-                Event::Stopped { .. } => self.follow(tid)?,
-                Event::Exited(_) | Event::Killed(_) => {
-                    self.seized.remove(&tid);
-                    return Ok(());
-                }
-                Event::Continued => {}
+        let mut born = Vec::new();
+        let limit = end.saturating_duration_since(Instant::now());
+        let stop = wait::interrupted(tid, limit, |child| born.push(child)).about(tid, "thread")?;
+        // A child made before the stop is ours already.
+        for child in born {
+            if let Ok(status) = proc::status(child) {
+                self.seized.insert(child, status.tgid);
             }
         }
-    }
-
-    /// A task made a child before it stopped: the child is ours already.
-    fn follow(&mut self, tid: Pid) -> Result<()> {
-        let child = ptrace::event_message(tid).about(tid, "thread")? as Pid;
-        if let Ok(status) = proc::status(child) {
-            self.seized.insert(child, status.tgid);
+        let Some(signal) = stop else {
+            self.seized.remove(&tid);
+            return Ok(());
+        };
+        if signal != libc::SIGTRAP {
+            self.stopped.insert(tid);
         }
-        ptrace::interrupt_again(tid, 0).about(tid, "thread")
+        if cpu::rewind_unnoticed(tid)? {
+            self.rewound.insert(tid);
+        }
+        self.note(tid);
+        Ok(())
     }
 
     fn note(&mut self, tid: Pid) {
@@ -289,7 +278,11 @@ impl Frozen {
         self.was_paused = false;
         end_with_success(init)?;
         let all: Vec<Pid> = self.seized.keys().copied().collect();
-        for tid in wait::all_gone(&all, LIMIT) {
+        let begin = Instant::now();
+        // A process of `exec` has a parent outside, who may take its time to wait for it, and init's number stays
+        // until then.
+        let enough = |left: &[Pid]| left == [init] && begin.elapsed() > ODD && waits_for_outsiders(init);
+        for tid in wait::gone_enough(&all, LIMIT, enough) {
             // It hangs in the kernel: what is left is to ask harder and to let it go.
             let _ = fork::kill(tid, 9);
             let _ = ptrace::detach(tid, 0);
@@ -348,6 +341,12 @@ fn is_in_signal_stop(tid: Pid) -> bool {
     std::fs::read_to_string(format!("/proc/{tid}/wchan")).is_ok_and(|w| w == "do_signal_stop")
 }
 
+/// Whether nothing is left of a pid namespace but processes that others have to wait for: its init has given up its
+/// memory and files before it gets there (kernel/exit.c, kernel/pid_namespace.c).
+fn waits_for_outsiders(init: Pid) -> bool {
+    std::fs::read_to_string(format!("/proc/{init}/wchan")).is_ok_and(|w| w == "zap_pid_ns_processes")
+}
+
 /// The status of a container that was put to sleep is 0, as with runsc: it did not fail.
 fn end_with_success(init: Pid) -> Result<()> {
     const EXIT_GROUP: u64 = 231;
@@ -378,7 +377,7 @@ fn why_not_seized(pid: Pid, tid: Pid, error: torpor_sys::Error) -> Error {
 }
 
 /// A process and all its descendants.
-fn tree(init: Pid) -> Result<Vec<Pid>> {
+pub fn tree(init: Pid) -> Result<Vec<Pid>> {
     let mut all = vec![init];
     let mut at = 0;
     while at < all.len() {

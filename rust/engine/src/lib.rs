@@ -5,6 +5,7 @@
 #![forbid(unsafe_code)]
 
 pub mod bounds;
+pub mod advance;
 pub mod build;
 pub mod capture;
 pub mod checkpoint;

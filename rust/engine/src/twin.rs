@@ -14,9 +14,10 @@ use torpor_sys::proc;
 use torpor_sys::ptrace::{self, Options};
 use torpor_sys::remote::visit::Host;
 use torpor_sys::remote::{Batch, Door, Visit};
-use torpor_sys::wait::{self, Event};
+use torpor_sys::wait;
 use torpor_sys::{Pid, fork};
 
+use crate::advance;
 use crate::collect::Source;
 use crate::error::{About, Error, Result};
 use crate::freeze;
@@ -109,6 +110,19 @@ impl Twins {
     /// The twin of a process.
     pub fn of(&self, original: Pid) -> Option<Pid> {
         self.all.iter().find(|t| t.original == original).map(|t| t.pid)
+    }
+
+    /// Whether the flags of mappings that were read before the pause are those of the pause: see `advance`.
+    pub fn confirm(&self, sources: &[Source]) -> Result<bool> {
+        for source in sources {
+            let (Some(assumed), Some(twin)) = (&source.assumed, self.of(source.pid)) else {
+                continue;
+            };
+            if !advance::confirms(&proc::smaps(twin).about(twin, "twin")?, assumed) {
+                return Ok(false);
+            }
+        }
+        Ok(true)
     }
 
     /// Ends all twins. An error means that a program may see what is left of one.
@@ -247,20 +261,12 @@ impl Stopped {
         ptrace::seize(tid, Options::SUSPEND_SECCOMP).about(tid, "thread")?;
         let stopped = Stopped(tid);
         ptrace::interrupt(tid).about(tid, "thread")?;
-        loop {
-            match wait::until(tid, freeze::LIMIT).about(tid, "thread")? {
-                Event::Stopped {
-                    event: ptrace::EVENT_STOP,
-                    ..
-                } => break,
-                Event::Stopped { signal, event: 0 } => ptrace::interrupt_again(tid, signal).about(tid, "thread")?,
-                Event::Stopped { .. } => ptrace::interrupt_again(tid, 0).about(tid, "thread")?,
-                Event::Continued => {}
-                Event::Exited(_) | Event::Killed(_) => {
-                    let how = "while its twin was read".into();
-                    return Err(torpor_sys::Error::Died { pid: tid, how }).about(tid, "thread");
-                }
-            }
+        if wait::interrupted(tid, freeze::LIMIT, |_| {})
+            .about(tid, "thread")?
+            .is_none()
+        {
+            let how = "while its twin was read".into();
+            return Err(torpor_sys::Error::Died { pid: tid, how }).about(tid, "thread");
         }
         if cpu::rewind_unnoticed(tid)? && freeze::has_own_interrupt(tid)? {
             cpu::keep_interrupted(tid)?;

@@ -1,12 +1,17 @@
 //! Readers and pure parsers of /proc (proc(5)). A parser takes text and returns a value; it never touches the system.
 
 use std::fs;
+use std::io::Read;
 
 use crate::Pid;
 use crate::error::{Error, Result};
 
 fn read(path: &str) -> Result<String> {
-    let bytes = fs::read(path).map_err(|e| Error::io("read", path, &e))?;
+    // The files of /proc say that they are empty: without room from the start they would be read in pieces of 32, 32, 64... bytes.
+    let mut bytes = Vec::with_capacity(16 << 10);
+    fs::File::open(path)
+        .and_then(|mut file| file.read_to_end(&mut bytes))
+        .map_err(|e| Error::io("read", path, &e))?;
     Ok(String::from_utf8_lossy(&bytes).into_owned())
 }
 
@@ -105,6 +110,8 @@ pub struct Status {
     pub tracer: Pid,
     pub threads: u32,
     pub core_dumping: bool,
+    /// Memory that is locked (mlock(2)), in KiB.
+    pub locked_kib: u64,
     pub thp_enabled: bool,
     pub sig_pending: u64,
     pub shared_pending: u64,
@@ -163,6 +170,7 @@ pub fn parse_status(text: &str) -> Option<Status> {
             "TracerPid" => s.tracer = value.parse().ok()?,
             "Threads" => s.threads = value.parse().ok()?,
             "CoreDumping" => s.core_dumping = value == "1",
+            "VmLck" => s.locked_kib = value.split(' ').next()?.parse().ok()?,
             "THP_enabled" => s.thp_enabled = value == "1",
             "SigPnd" => s.sig_pending = hex()?,
             "ShdPnd" => s.shared_pending = hex()?,

@@ -73,6 +73,16 @@ pub fn interrupt_again(tid: Pid, signal: i32) -> Result<()> {
     cont(tid, signal)
 }
 
+/// Whether an event tells of a new task that is followed.
+pub fn is_birth(event: i32) -> bool {
+    [
+        libc::PTRACE_EVENT_FORK,
+        libc::PTRACE_EVENT_VFORK,
+        libc::PTRACE_EVENT_CLONE,
+    ]
+    .contains(&event)
+}
+
 /// As [`cont`], but stops again at the next entry to or exit from a system call.
 pub fn cont_to_syscall(tid: Pid, signal: i32) -> Result<()> {
     request("PTRACE_SYSCALL", libc::PTRACE_SYSCALL, tid, 0, signal as usize).map(drop)

@@ -5,7 +5,7 @@
 use std::time::{Duration, Instant};
 
 use crate::error::{Error, Result, check};
-use crate::{Pid, proc};
+use crate::{Pid, proc, ptrace};
 
 /// What a tracee did.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -104,6 +104,33 @@ pub fn until(tid: Pid, limit: Duration) -> Result<Event> {
     }
 }
 
+/// Waits for the stop that [`ptrace::interrupt`] asked for. Signals that come before it go their way; `born` is told
+/// the children that a followed task makes before it stops. Gives the signal that the task is stopped by, SIGTRAP
+/// for none, and `None` when it has ended instead.
+///
+/// # Errors
+/// [`Error::Timeout`] after `limit`.
+pub fn interrupted(tid: Pid, limit: Duration, mut born: impl FnMut(Pid)) -> Result<Option<i32>> {
+    let end = Instant::now() + limit;
+    loop {
+        match until(tid, end.saturating_duration_since(Instant::now()))? {
+            Event::Stopped {
+                signal,
+                event: ptrace::EVENT_STOP,
+            } => return Ok(Some(signal)),
+            Event::Stopped { signal, event: 0 } => ptrace::interrupt_again(tid, signal)?,
+            Event::Stopped { event, .. } => {
+                if ptrace::is_birth(event) {
+                    born(ptrace::event_message(tid)? as Pid);
+                }
+                ptrace::interrupt_again(tid, 0)?;
+            }
+            Event::Exited(_) | Event::Killed(_) => return Ok(None),
+            Event::Continued => {}
+        }
+    }
+}
+
 fn timeout(tid: Pid, limit: Duration) -> Error {
     let state = proc::stat(tid).map_or_else(|_| "?".into(), |s| s.state.to_string());
     let wchan = std::fs::read_to_string(format!("/proc/{tid}/wchan")).unwrap_or_default();
@@ -119,9 +146,14 @@ fn timeout(tid: Pid, limit: Duration) -> Error {
 /// is returned. In no order: the first thread of a pid namespace to be told dead may be the last to die, since
 /// its end waits for everybody else, and they wait for us.
 pub fn all_gone(tids: &[Pid], limit: Duration) -> Vec<Pid> {
+    gone_enough(tids, limit, |_| false)
+}
+
+/// As [`all_gone`], but done as soon as `enough` says so of those that are left.
+pub fn gone_enough(tids: &[Pid], limit: Duration, mut enough: impl FnMut(&[Pid]) -> bool) -> Vec<Pid> {
     let end = Instant::now() + limit;
     let mut left = tids.to_vec();
-    while !left.is_empty() && Instant::now() < end {
+    while !left.is_empty() && !enough(&left) && Instant::now() < end {
         let before = left.len();
         left.retain(|tid| match poll(*tid) {
             Ok(Some(Event::Exited(_) | Event::Killed(_))) | Err(_) => false,

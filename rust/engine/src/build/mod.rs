@@ -21,7 +21,7 @@ use torpor_image::Reader;
 use torpor_sys::ptrace::{self, Options};
 use torpor_sys::remote::site::{self, Place};
 use torpor_sys::remote::{Arg, Batch, Site};
-use torpor_sys::wait::{self, Event};
+use torpor_sys::wait;
 use torpor_sys::{PAGE_SIZE, Pid, fork, pidfd, proc};
 
 use crate::bounds::Bounds;
@@ -244,19 +244,11 @@ impl Skeleton {
 }
 
 fn wait_stop(tid: Pid) -> Result<()> {
-    loop {
-        match wait::until(tid, LIMIT).about(tid, "init")? {
-            Event::Stopped {
-                event: ptrace::EVENT_STOP,
-                ..
-            } => return Ok(()),
-            Event::Stopped { signal, event: 0 } => ptrace::interrupt_again(tid, signal).about(tid, "init")?,
-            Event::Stopped { .. } => ptrace::interrupt_again(tid, 0).about(tid, "init")?,
-            Event::Continued => {}
-            Event::Exited(_) | Event::Killed(_) => {
-                let how = "before it could be restored into".into();
-                return Err(torpor_sys::Error::Died { pid: tid, how }).about(tid, "init");
-            }
+    match wait::interrupted(tid, LIMIT, |_| {}).about(tid, "init")? {
+        Some(_) => Ok(()),
+        None => {
+            let how = "before it could be restored into".into();
+            Err(torpor_sys::Error::Died { pid: tid, how }).about(tid, "init")
         }
     }
 }
