@@ -32,8 +32,12 @@ pub struct Source {
     pub pid: Pid,
     /// Index in [`Inventory::processes`].
     pub index: usize,
-    /// Its mappings, when their flags were read before it stopped and are still to be confirmed.
-    pub assumed: Option<Vec<Vma>>,
+    /// What a visit needs to know of it.
+    pub host: Host,
+    /// Its mappings.
+    pub vmas: Vec<Vma>,
+    /// Whether their flags were read before it stopped and are still to be confirmed.
+    pub is_assumed: bool,
 }
 
 /// What collecting gives: the inventory, and where the bytes are.
@@ -129,14 +133,17 @@ pub fn collect(
             watch: &mut watch,
             blob,
         };
-        let mut body = subject.body(fds.clone(), &mut ctx)?;
+        let (mut body, host) = subject.body(fds.clone(), &mut ctx)?;
         body.locks = survey.locks(process.pid);
+        let described = subject.process(&names, Some(body))?;
         sources.push(Source {
             pid: process.pid,
             index: inventory.processes.len(),
-            assumed: subject.is_assumed.then(|| subject.vmas.clone()),
+            host,
+            is_assumed: subject.is_assumed,
+            vmas: subject.vmas,
         });
-        inventory.processes.push(subject.process(&names, Some(body))?);
+        inventory.processes.push(described);
         zombies(process.pid, &names, &mut inventory.processes)?;
     }
     inventory.warnings.extend(watch.report());
@@ -356,7 +363,7 @@ impl<'f> Subject<'f> {
         })
     }
 
-    fn body(&self, fds: Vec<files::Descriptor>, ctx: &mut Context<'_, '_>) -> Result<Body> {
+    fn body(&self, fds: Vec<files::Descriptor>, ctx: &mut Context<'_, '_>) -> Result<(Body, Host)> {
         let pid = self.frozen.pid;
         let before = self.before(ctx.watch)?;
         let inner = last(&self.status.ns_tgids);
@@ -366,7 +373,7 @@ impl<'f> Subject<'f> {
             busy_signals: busy(&before),
             instructions: before.iter().map(|t| t.cpu.regs.rip).collect(),
         };
-        let door = Door::find(host, &self.memory, &self.vmas, TABLE).about(pid, "visit")?;
+        let door = Door::find(host.clone(), &self.memory, &self.vmas, TABLE).about(pid, "visit")?;
         // After an error the code stays: a thread that could not be brought home is still on its way through it.
         let (mut threads, answers) = self.ask_all(&before, &door, ctx)?;
         door.close().about(pid, "visit")?;
@@ -375,7 +382,7 @@ impl<'f> Subject<'f> {
         for thread in &mut threads {
             posix_timers::take_pending(&mut posix_timers, &mut thread.signals.pending);
         }
-        Ok(Body {
+        let body = Body {
             threads,
             memory: memory::collect(pid, &self.vmas, &self.stat, brk, ctx.tables)?,
             fds,
@@ -385,7 +392,8 @@ impl<'f> Subject<'f> {
             posix_timers,
             locks: Vec::new(),
             settings,
-        })
+        };
+        Ok((body, host))
     }
 
     fn before(&self, watch: &mut restart::Watch) -> Result<Vec<Before>> {

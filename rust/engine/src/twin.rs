@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 
 use torpor_sys::cgroup::Freezer;
 use torpor_sys::mem::Memory;
-use torpor_sys::proc;
+use torpor_sys::proc::{self, Vma};
 use torpor_sys::ptrace::{self, Options};
 use torpor_sys::remote::visit::Host;
 use torpor_sys::remote::{Batch, Door, Visit};
@@ -52,7 +52,7 @@ impl Drop for Twins {
 pub fn make(sources: &[Source]) -> Result<Twins> {
     let mut twins = Twins::default();
     for source in sources {
-        twins.add(source.pid)?;
+        twins.add(source)?;
     }
     Ok(twins)
 }
@@ -72,10 +72,9 @@ fn busy_signals(pid: Pid) -> Result<u64> {
     Ok(busy)
 }
 
-/// Visits a stopped process through its main thread.
-fn visit<T>(pid: Pid, work: impl FnOnce(&Door<'_>, &mut Visit<'_>) -> Result<T>) -> Result<T> {
+/// Visits a stopped process that nothing is known of.
+fn visit_anew<T>(pid: Pid, work: impl FnOnce(&Door<'_>, &mut Visit<'_>) -> Result<T>) -> Result<T> {
     let (inner_pid, busy_signals) = ids(pid)?;
-    let memory = memory::open(pid)?;
     let vmas = proc::maps(pid).about(pid, "maps")?;
     let instructions = vec![ptrace::regs(pid).about(pid, "registers")?.rip];
     let host = Host {
@@ -84,7 +83,14 @@ fn visit<T>(pid: Pid, work: impl FnOnce(&Door<'_>, &mut Visit<'_>) -> Result<T>)
         busy_signals,
         instructions,
     };
-    let door = Door::find(host, &memory, &vmas, TABLE).about(pid, "visit")?;
+    visit(host, &vmas, work)
+}
+
+/// Visits a stopped process through its main thread.
+fn visit<T>(host: Host, vmas: &[Vma], work: impl FnOnce(&Door<'_>, &mut Visit<'_>) -> Result<T>) -> Result<T> {
+    let Host { pid, inner_pid, .. } = host;
+    let memory = memory::open(pid)?;
+    let door = Door::find(host, &memory, vmas, TABLE).about(pid, "visit")?;
     let mut visit = door.enter(pid, inner_pid).about(pid, "visit")?;
     let result = work(&door, &mut visit);
     // After an error the code stays: see collect.rs.
@@ -94,10 +100,11 @@ fn visit<T>(pid: Pid, work: impl FnOnce(&Door<'_>, &mut Visit<'_>) -> Result<T>)
 }
 
 impl Twins {
-    fn add(&mut self, original: Pid) -> Result<()> {
+    fn add(&mut self, source: &Source) -> Result<()> {
+        let original = source.pid;
         let options = Options::SUSPEND_SECCOMP;
         ptrace::set_options(original, options.and(Options::FOLLOW)).about(original, "twin")?;
-        let made = visit(original, |door, visit| {
+        let made = visit(source.host.clone(), &source.vmas, |door, visit| {
             let pid = visit.twin().about(original, "twin")?;
             let inner = inner_pid(pid).unwrap_or(pid);
             self.all.push(Twin { pid, inner, original });
@@ -115,10 +122,10 @@ impl Twins {
     /// Whether the flags of mappings that were read before the pause are those of the pause: see `advance`.
     pub fn confirm(&self, sources: &[Source]) -> Result<bool> {
         for source in sources {
-            let (Some(assumed), Some(twin)) = (&source.assumed, self.of(source.pid)) else {
-                continue;
-            };
-            if !advance::confirms(&proc::smaps(twin).about(twin, "twin")?, assumed) {
+            let twin = self.of(source.pid).filter(|_| source.is_assumed);
+            if let Some(twin) = twin
+                && !advance::confirms(&proc::smaps(twin).about(twin, "twin")?, &source.vmas)
+            {
                 return Ok(false);
             }
         }
@@ -206,7 +213,7 @@ fn reap(original: Pid, twins: &[i32]) -> Result<()> {
         let args = [(*twin).into(), 0.into(), libc::__WCLONE.into(), 0.into()];
         batch.may("wait4 for a twin", libc::SYS_wait4, args);
     }
-    let done = visit(original, |_, visit| visit.run(&batch).about(original, "twin").map(drop));
+    let done = visit_anew(original, |_, visit| visit.run(&batch).about(original, "twin").map(drop));
     drop(stopped);
     done
 }
