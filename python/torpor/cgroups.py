@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     Resources = dict[str, Any]
 
 
+_NO_LIMIT = 2**64 - 1
+
+
 class Cgroup:
     """The directories a process sits in, by the name of a file that is in one of them."""
 
@@ -48,7 +51,7 @@ class Cgroup:
         """0 when there is no such file; `max` is the largest number there is."""
         text = self.read(*names)
         if text == "max":
-            return 2**64 - 1
+            return _NO_LIMIT
         try:
             return int(text)
         except ValueError:
@@ -135,8 +138,7 @@ def _update_memory(cgroup: Cgroup, memory: dict[str, int]) -> None:
         swap = -1
     if cgroup.find("memory.max"):
         if swap:
-            # version 1 counts memory and swap together
-            cgroup.write("max" if swap < 0 else max(0, swap - max(limit, 0)), "memory.swap.max")
+            cgroup.write("max" if swap < 0 else _swap_alone(cgroup, swap, limit), "memory.swap.max")
         if limit:
             cgroup.write("max" if limit < 0 else limit, "memory.max")
         if memory.get("reservation"):
@@ -155,6 +157,19 @@ def _update_memory(cgroup: Cgroup, memory: dict[str, int]) -> None:
     ):
         if memory.get(key):
             cgroup.write(memory[key], name)
+
+
+def _swap_alone(cgroup: Cgroup, both: int, limit: int) -> int:
+    """OCI counts memory and swap together, version 2 swap by itself."""
+    memory = limit or cgroup.number("memory.max")
+    if memory < 0 or memory > both:
+        raise SpecError(
+            f"memory.swap {both} counts memory too, so it cannot be below the memory limit"
+            f" ({'none' if memory < 0 or memory == _NO_LIMIT else memory}): give both",
+            code="bad-spec",
+            object="memory.swap",
+        )
+    return both - memory
 
 
 def _update_cpu(cgroup: Cgroup, cpu: dict[str, Any]) -> None:

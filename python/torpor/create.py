@@ -11,7 +11,7 @@ import os
 
 from . import exits, launcher, log, overlay, proc, quick_json, ruins, warm
 from .container import Container
-from .errors import TorporError, UsageError
+from .errors import StateError, TorporError, UsageError
 from .state import Home, State, check_id, may, replace_file
 
 TYPE_CHECKING = False
@@ -41,6 +41,9 @@ class Filling:
                 code="bad-flag",
                 object="--record-working-set",
             )
+
+
+_CGROUP_V2 = "/sys/fs/cgroup/cgroup.controllers"
 
 
 class Options:
@@ -132,7 +135,7 @@ def restore_into(
     """Fill a created container from an image. A refusal leaves it as it was; a failure half way removes it.
 
     Raises:
-        StateError: `bad-state`, it is not in status created.
+        StateError: `bad-state`, it is not in status created, or exec has put a process there that still runs.
         ImageError: the image is missing or damaged.
         UnsupportedError, RefusedError: the image needs what this machine or this container does not have.
         KernelError, InterruptedCheckpoint: the restore failed.
@@ -140,6 +143,7 @@ def restore_into(
     with container.home as home:
         state = container.refresh()
         may("restore", state.id, state.status)
+        _check_alone(state)
         state.owner_process = _self()
         state.move("restoring")
         home.write(state)
@@ -156,6 +160,21 @@ def restore_into(
             else:
                 ruins.clear(home, state)
             raise
+
+
+def _check_alone(state: State) -> None:
+    """A process that exec put there may have a pid that the image needs.
+
+    Raises:
+        StateError: `bad-state`.
+    """
+    for pid in proc.cgroup_processes(state.pid):
+        if pid != state.pid:
+            raise StateError(
+                f"cannot restore into {state.id!r}: process {pid} ({proc.comm(pid)}) runs in it, end it first",
+                code="bad-state",
+                object=state.id,
+            )
 
 
 def _fill(
@@ -218,6 +237,7 @@ class _Building:
         self.finished = False
 
     def __enter__(self) -> _Building:
+        _check_cgroup_driver(self.config)
         ruins.clear_if_ruin(self.home)
         self.home.make()
         try:
@@ -249,10 +269,6 @@ class _Building:
         self.state.pid = int(report["pid"])
         self.state.start_time = proc.start_time(self.state.pid) or 0
         self.home.write(self.state)
-        from . import network
-
-        if network.has_new_namespace(plan.spec):
-            network.bring_up_loopback(self.state.pid)
 
     def _look_for_image(self) -> None:
         spec = self.plan.spec
@@ -329,6 +345,21 @@ class _Building:
             self.home.release()
         if self.supervisor is not None:
             self.supervisor.reap()
+
+
+def _check_cgroup_driver(config: Config) -> None:
+    """libcontainer would take the systemd name of the cgroup for a path, where it cannot ask systemd.
+
+    Raises:
+        UsageError: `bad-flag`.
+    """
+    if config.systemd_cgroup and not (os.path.isdir("/run/systemd/system") and os.path.exists(_CGROUP_V2)):
+        raise UsageError(
+            "--systemd-cgroup needs systemd as init and cgroup v2: leave it out, and set the client's cgroup driver to "
+            "cgroupfs",
+            code="bad-flag",
+            object="--systemd-cgroup",
+        )
 
 
 def _home_flags(home: Home) -> list[str]:

@@ -161,7 +161,13 @@ class _Checker:
                 raise self.fail("has a mounts entry that is not an object")
             self.field(mount, "mounts.destination", str, required=True)
             self.field(mount, "mounts.source", str)
-            self.strings(mount, "mounts.options")
+            options = self.strings(mount, "mounts.options")
+            # libcontainer refuses these too, but without saying which mount it means.
+            if mount.get("uidMappings") or mount.get("gidMappings") or {"idmap", "ridmap"} & set(options):
+                raise self.fail(
+                    f"maps the ids of the mount at {mount['destination']}, which is not supported: "
+                    "leave uidMappings, gidMappings and idmap out and give the files the owner they need"
+                )
 
     def linux(self, linux: Any) -> None:
         for namespace in self.field(linux, "linux.namespaces", list) or []:
@@ -172,6 +178,9 @@ class _Checker:
         self.field(linux, "linux.cgroupsPath", str)
         self.field(linux, "linux.resources", dict)
         self.field(linux, "linux.seccomp", dict)
+        for device in self.field(linux, "linux.netDevices", dict) or {}:
+            if not os.path.exists(os.path.join("/sys/class/net", device)):
+                raise self.fail(f"moves the network device {device!r} (linux.netDevices), which is not there")
 
 
 _KIND_NAMES: dict[type, str] = {

@@ -9,6 +9,7 @@ import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from support import procs
@@ -338,6 +339,28 @@ def test_pidfd_socket(torpor: Torpor, busybox: Callable[..., Path], tmp: Path) -
     finally:
         os.close(fd)
     torpor.wait_status(name, "stopped")
+
+
+@pytest.mark.skipif(
+    os.path.isdir("/run/systemd/system") and os.path.exists("/sys/fs/cgroup/cgroup.controllers"),
+    reason="has systemd and cgroup v2",
+)
+def test_the_systemd_driver_is_refused_where_it_cannot_work(torpor: Torpor, busybox: Callable[..., Path]) -> None:
+    bundle, name = busybox(["true"]), new_id()
+    torpor.fails("create", "--bundle", bundle, name, says="--systemd-cgroup needs systemd", top=["--systemd-cgroup"])
+    assert torpor.ids() == []
+
+
+def test_a_time_namespace(torpor: Torpor, busybox: Callable[..., Path]) -> None:
+    def edit(config: dict[str, Any]) -> None:
+        config["linux"]["namespaces"].append({"type": "time"})
+        config["linux"]["timeOffsets"] = {
+            "monotonic": {"secs": 86400, "nanosecs": 1},
+            "boottime": {"secs": 172800, "nanosecs": 0},
+        }
+
+    shown = torpor("run", "--bundle", busybox(["cat", "/proc/self/timens_offsets"], edit=edit), new_id()).out
+    assert [line.split() for line in shown.splitlines()] == [["monotonic", "86400", "1"], ["boottime", "172800", "0"]]
 
 
 def test_annotations_for_checkpoints(torpor: Torpor, waiter: Callable[..., Container], tmp: Path) -> None:

@@ -193,6 +193,7 @@ def test_life(both: list[Runtime], busybox: Callable[..., Path]) -> None:
         note("state", name)
         note("create", "--bundle", bundle, name)
         note("create", "--bundle", bundle, name)
+        note("exec", name, "true")
         note("resume", name)
         note("start", name)
         note("start", name)

@@ -54,6 +54,26 @@ def test_no_bundle(tmp_path: Path) -> None:
     assert e.value.code == "bad-bundle"
 
 
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"options": ["bind", "idmap"]},
+        {"options": ["bind"], "uidMappings": [{"containerID": 0, "hostID": 1, "size": 1}]},
+    ],
+)
+def test_a_mount_with_ids_of_its_own_is_named(more: dict[str, Any]) -> None:
+    mount = {"destination": "/data", "type": "bind", "source": "/srv", **more}
+    with pytest.raises(SpecError, match="ids of the mount at /data, which is not supported"):
+        spec.check(changed("mounts", [mount]), "config.json")
+
+
+def test_a_network_device_that_is_not_there_is_named() -> None:
+    made = spec.default()
+    made["linux"]["netDevices"] = {"lo": {}, "nosuch0": {"name": "eth0"}}
+    with pytest.raises(SpecError, match="network device 'nosuch0'"):
+        spec.check(made, "config.json")
+
+
 @pytest.mark.parametrize("text", ["", "{", "not json", '{"a": }'])
 def test_not_json(tmp_path: Path, text: str) -> None:
     with pytest.raises(SpecError, match="is not JSON") as e:

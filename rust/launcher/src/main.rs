@@ -9,7 +9,6 @@ mod error;
 mod flags;
 mod layout;
 mod limits;
-mod os;
 mod privilege;
 mod program;
 mod record;

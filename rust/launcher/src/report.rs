@@ -6,17 +6,28 @@ use std::os::fd::{AsRawFd, RawFd};
 
 use serde_json::{Value, json};
 
+use torpor_sys::start::adopt;
+
 use crate::error::Error;
-use crate::os;
 
 #[derive(Debug, Default)]
 pub struct Report {
     pipe: Option<File>,
 }
 
+/// The pipe that the caller left open for us.
+fn private(fd: RawFd) -> Result<File, Error> {
+    if fd <= libc::STDERR_FILENO {
+        return Err(Error::Usage(format!("descriptor {fd} is the container's own")));
+    }
+    adopt(fd)
+        .map(File::from)
+        .map_err(|_| Error::Usage(format!("descriptor {fd} is not open")))
+}
+
 impl Report {
     pub fn to(fd: Option<RawFd>) -> Result<Self, Error> {
-        let pipe = fd.map(os::adopt).transpose()?.map(File::from);
+        let pipe = fd.map(private).transpose()?;
         Ok(Self { pipe })
     }
 

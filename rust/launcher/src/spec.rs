@@ -82,6 +82,15 @@ fn has_namespace(linux: &Linux, kind: LinuxNamespaceType) -> bool {
         .any(|namespace| namespace.typ() == kind)
 }
 
+/// Whether the container gets a network namespace that nobody has set up yet.
+pub fn has_new_network(spec: &Spec) -> bool {
+    let namespaces = spec.linux().as_ref().and_then(|linux| linux.namespaces().as_ref());
+    namespaces
+        .into_iter()
+        .flatten()
+        .any(|namespace| namespace.typ() == LinuxNamespaceType::Network && namespace.path().is_none())
+}
+
 pub fn ground(spec: &Spec) -> Ground {
     let user_namespace = spec
         .linux()

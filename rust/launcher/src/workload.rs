@@ -19,12 +19,12 @@ use nix::errno::Errno;
 use nix::sched::{CloneFlags, setns};
 use nix::sys::stat::{FileStat, SFlag, fstat, makedev};
 use nix::unistd::{Gid, Uid, chdir, close, dup2, execve, fchown, getcwd, getpid};
+use torpor_sys::start;
 
 use crate::causes::{Cause, Sink, lower};
 use crate::cgroup_mounts::Restricted;
 use crate::copy_up::CopyUp;
 use crate::error::{one_line, reason};
-use crate::os;
 use crate::privilege::become_process;
 use crate::program::{self, Failure};
 
@@ -56,6 +56,8 @@ pub struct Plan {
 pub struct First {
     pub restricted: Vec<Restricted>,
     pub copy_ups: Vec<CopyUp>,
+    /// Whether the network namespace is a new one, in which even the loopback is down.
+    pub loopback: bool,
     pub hooks: Vec<Hook>,
     pub state: State,
 }
@@ -79,8 +81,7 @@ impl Workload {
     fn check(&self) -> Result<(), Failure> {
         let process = &self.plan.process;
         if let Some(name) = &self.plan.keyring {
-            os::join_session_keyring(name)
-                .map_err(|error| format!("join session keyring {name:?}: {}", reason(&error)))?;
+            start::join_session_keyring(name).map_err(|error| format!("join session keyring: {}", one_line(&error)))?;
         }
         if let Some(first) = &self.plan.first {
             let syscall = create_syscall();
@@ -89,6 +90,9 @@ impl Workload {
             }
             for mount in &first.copy_ups {
                 mount.run(syscall.as_ref())?;
+            }
+            if first.loopback {
+                start::bring_up_loopback().map_err(|error| format!("bring up the loopback: {}", one_line(&error)))?;
             }
             make_directory(process.cwd())?;
         }
@@ -132,7 +136,7 @@ impl Workload {
         let environment = program::environment(process, &self.activation.borrow())?;
         let path = CString::new(file.into_os_string().into_encoded_bytes())
             .map_err(|_| "process.args holds a zero byte".to_owned())?;
-        os::reset_signals();
+        start::reset_signals();
         match execve(&path, &arguments, &environment) {
             Ok(never) => match never {},
             Err(errno) => Err(format!("exec: {path:?}: {}", lower(errno.desc()))),

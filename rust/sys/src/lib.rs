@@ -22,6 +22,7 @@ pub mod remote;
 pub mod sched;
 pub mod sleepers;
 pub mod socket;
+pub mod start;
 pub mod timens;
 pub mod tree;
 pub mod uffd;

@@ -13,6 +13,7 @@ use nix::fcntl::{Flock, FlockArg};
 use nix::sys::stat::{Mode, umask};
 use nix::unistd::{Pid, close, mkfifo};
 use serde_json::json;
+use torpor_sys::start;
 
 use crate::causes::{Causes, Sink};
 use crate::cgroup::Cgroup;
@@ -21,7 +22,6 @@ use crate::copy_up;
 use crate::error::Error;
 use crate::flags::Flags;
 use crate::layout::Layout;
-use crate::os;
 use crate::record::{Init, Record, replace, save};
 use crate::report::Report;
 use crate::spec;
@@ -126,6 +126,7 @@ fn prepare(
         first: Some(First {
             restricted: cgroup_mounts::restricted(spec),
             copy_ups,
+            loopback: spec::has_new_network(spec),
             hooks: start_hooks(&record),
             state: record.state(layout, ContainerStatus::Created, None),
         }),
@@ -160,7 +161,7 @@ fn lock(path: &Path) -> Result<OwnedFd, Error> {
     // Dropping `held` would unlock it for the children too; the lock must end when the last copy is closed.
     let fd = held.as_raw_fd();
     std::mem::forget(held);
-    os::adopt(fd)
+    start::adopt(fd).map_err(|error| Error::Container(error.to_string()))
 }
 
 /// Open for reading too, so that opening does not wait for `start`.
@@ -249,7 +250,7 @@ pub fn check_console(process: Option<&Process>, flags: &Flags) -> Result<(), Err
 pub fn preserved(flags: &Flags, report: &Report) -> Result<i32, Error> {
     let count: i32 = flags.number("preserve-fds")?.unwrap_or(0);
     for fd in 3..count.saturating_add(3) {
-        if !os::is_open(fd) || report.raw_fd() == Some(fd) {
+        if !start::is_open(fd) || report.raw_fd() == Some(fd) {
             return Err(Error::Usage(format!(
                 "--preserve-fds {count}: descriptor {fd} is not one of the container's"
             )));

@@ -118,7 +118,8 @@ fn announce(pid: Pid, warnings: &[String], flags: &Flags, preserve: i32, report:
 fn running(layout: &Layout) -> Result<Init, Error> {
     let state = State::load(&layout.state()).map_err(|error| Error::Container(one_line(&error)))?;
     match Init::load(layout).filter(Init::is_alive) {
-        Some(init) if state.status == ContainerStatus::Running => Ok(init),
+        // In a created one init waits, and everything else is there already.
+        Some(init) if matches!(state.status, ContainerStatus::Running | ContainerStatus::Created) => Ok(init),
         _ => Err(Error::BadState("container is not running".to_owned())),
     }
 }
@@ -179,6 +180,7 @@ impl Desk {
         fs::create_dir_all(&directory).map_err(Error::io("create", &directory))?;
         let mut state = State::load(&layout.state()).map_err(|e| Error::Container(one_line(&e)))?;
         state.pid = Some(init.pid);
+        state.status = ContainerStatus::Running;
         state
             .save(&directory)
             .map_err(|error| Error::Container(one_line(&error)))?;

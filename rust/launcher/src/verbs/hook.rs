@@ -12,10 +12,10 @@ use libcontainer::oci_spec::runtime::{Hook, HookBuilder};
 use nix::sys::memfd::{MemFdCreateFlag, memfd_create};
 use nix::unistd::{dup2, execv};
 use serde_json::Value;
+use torpor_sys::start::reset_signals;
 
 use crate::error::Error;
 use crate::flags::Flags;
-use crate::os;
 
 /// This program as a process it forked finds it, whatever file it came from.
 const OURSELVES: &str = "/proc/self/exe";
@@ -66,7 +66,7 @@ pub fn run(flags: &Flags) -> Result<i32, Error> {
     let [path, arguments @ ..] = words.as_slice() else {
         return Err(Error::Usage("hook needs a path".to_owned()));
     };
-    os::reset_signals();
+    reset_signals();
     match execv(path, arguments) {
         Ok(never) => match never {},
         Err(errno) => Err(Error::call(&format!("hook {path:?}"))(errno)),
