@@ -133,6 +133,7 @@ def restore(
     systemd_cgroup: bool = False,
     background: bool = False,
     record_working_set: bool = False,
+    track: bool = False,
 ) -> Container:
     """Wake up an image in a new container. The same image can be restored any number of times, also at once.
 
@@ -144,6 +145,8 @@ def restore(
             the end of it.
         record_working_set: with `background`, note beside the image what the program touches first; the next
             restore in the background brings that first.
+        track: note what it writes to from now on, so that a `Container.checkpoint` with this image as its parent finds
+            what has changed without reading the rest; not with `background`.
 
     Raises:
         ImageError: the image is missing, damaged, of another version or another machine.
@@ -172,7 +175,7 @@ def restore(
             pid_file=pid_file,
             stdio=stdio_of(stdin, stdout, stderr),
             supervise=True,
-            filling=create.Filling(background=background, record_working_set=record_working_set),
+            filling=create.Filling(background=background, record_working_set=record_working_set, track=track),
         ),
         directory,
     )

@@ -313,28 +313,52 @@ class Container:
 
         freezer.set_frozen(pid, frozen)
 
-    def checkpoint(self, image_path: str, leave_running: bool = False, capture: str = "") -> Checkpoint:
+    def checkpoint(
+        self,
+        image_path: str,
+        leave_running: bool = False,
+        capture: str = "",
+        *,
+        parent_path: str = "",
+        pre_dump: bool = False,
+        track: bool = False,
+    ) -> Checkpoint:
         """Write the container into `image_path`/checkpoint.img and stop it, or with `leave_running` let it go on.
 
-        `capture` says how memory is read of a container that goes on: "background" (the default: from a copy-on-write
-        twin, while it runs) or "stop" (while it stands still; needs no memory for the twin).
+        `capture` says how memory is read of a container that goes on: "background" (from a copy-on-write twin, while it
+        runs) or "stop" (while it stands still; needs no memory for the twin). The default is "background", and "stop"
+        when little has changed since the parent.
+
+        `parent_path` is the directory of an earlier image of this container, relative to `image_path`: pages that are
+        still the same are not written again, and the new image is of no use without the old one. `track` has the kernel
+        note from now on what the container writes to, so that the next checkpoint with this one as parent finds what
+        changed without reading the rest; without it all memory is read and compared. `pre_dump` writes memory only, to
+        be a parent, lets the container go on, and tracks.
 
         The directory is made when it is missing. Whatever goes wrong, the container runs on as before and no file is
         left.
 
         Raises:
             StateError: `not-found`, or `bad-state` when it does not run.
-            ImageError: `image-exists`, the directory holds an image already.
+            ImageError: `image-exists`, the directory holds an image already; `image-missing`, `image-parent` etc.,
+                the parent cannot be used.
             UnsupportedError: the container holds something that cannot be carried; `.object` and `.pid` name it.
             KernelError: `no-space`, `permission` or `kernel`.
             InterruptedCheckpoint: a process died or could not be stopped, or the tracer was killed.
         """
         if not image_path:
             raise UsageError("an image path is required: give the directory to write the image to", code="bad-flag")
+        leave_running = leave_running or pre_dump
+        if track and not leave_running:
+            raise UsageError(
+                "--track is of use only for a container that goes on: add --leave-running",
+                code="bad-flag",
+                object="--track",
+            )
         with self.home as home:
             state = self.refresh()
             states.may("checkpoint", self.id, state.status)
-            from . import _core, pager
+            from . import _core, pager, tracker
 
             # Memory that has not come yet cannot be saved.
             pager.wait(home)
@@ -344,6 +368,10 @@ class Container:
                 "image_path": os.path.abspath(image_path),
                 "leave_running": leave_running,
                 "capture": capture or None,
+                "parent_path": parent_path or None,
+                "pre_dump": pre_dump,
+                "track": track or pre_dump,
+                "tracker": home.file(tracker.NOTE),
                 "spec": self.spec(),
                 "container": {"id": self.id, "flags": state.flags},
             }
@@ -489,6 +517,11 @@ class Checkpoint:
     def tasks(self) -> int:
         """How many processes are in it."""
         return int(self.report.get("tasks", 0))
+
+    @property
+    def inherited_bytes(self) -> int:
+        """How much of its memory is in its parent."""
+        return int(self.report.get("inherited_pages", 0)) * 4096
 
     @property
     def pause_seconds(self) -> float:

@@ -28,13 +28,22 @@ if TYPE_CHECKING:
 class Filling:
     """How a restore brings memory."""
 
-    __slots__ = ("background", "record_working_set")
+    __slots__ = ("background", "record_working_set", "track")
 
-    def __init__(self, *, background: bool = False, record_working_set: bool = False) -> None:
+    def __init__(self, *, background: bool = False, record_working_set: bool = False, track: bool = False) -> None:
         # The program runs before its memory is there.
         self.background = background
         # What it touches first is noted beside the image, and brought first by the next one.
         self.record_working_set = record_working_set
+        # What it writes to from then on is noted, for an incremental checkpoint.
+        self.track = track
+        if track and background:
+            # A page that comes while the program runs cannot be told from one that the program writes.
+            raise UsageError(
+                "--track is not supported with --background: track from the first checkpoint on",
+                code="bad-flag",
+                object="--track",
+            )
         if record_working_set and not background:
             raise UsageError(
                 "--record-working-set needs --background: it records what the program waits for",
@@ -181,7 +190,7 @@ def _fill(
     home: Home, state: State, spec: dict[str, Any], image: str, commit: Callable[[], None], filling: Filling
 ) -> None:
     """Let the engine rebuild the image's processes in the container's waiting init."""
-    from . import _core, pager
+    from . import _core, pager, tracker
 
     def on_loaded() -> None:
         # Everything is there and still stopped: from here on it is a running container, whatever becomes of us.
@@ -198,6 +207,8 @@ def _fill(
         "background": filling.background,
         "record_working_set": filling.record_working_set,
         "pager_report": home.file(pager.REPORT),
+        "track": filling.track,
+        "tracker": home.file(tracker.NOTE),
     }
     report = quick_json.loads(_core.restore(quick_json.dumps(request), on_loaded))
     log.debug(f"restored {image} into {state.id}: {report}")

@@ -50,8 +50,8 @@ def answer(request: bytes) -> bytes:
         version = _field(1, major) + _field(2, minor) + _field(4, sublevel)
         return _field(1, kind) + _field(2, 1) + _bytes(10, version)
     if kind == _FEATURE_CHECK:
-        # mem_track and lazy_pages: none, so nobody tries a pre-checkpoint
-        return _field(1, kind) + _field(2, 1) + _bytes(8, _field(1, 0) + _field(2, 0))
+        # mem_track, which Podman wants for --pre-checkpoint, and lazy_pages
+        return _field(1, kind) + _field(2, 1) + _bytes(8, _field(1, 1) + _field(2, 0))
     return _field(1, kind) + _field(2, 0) + _bytes(9, _WHAT.encode())
 
 

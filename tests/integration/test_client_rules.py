@@ -123,10 +123,26 @@ def test_10_flags_that_are_honoured_or_ignored(torpor: Torpor, waiter: Callable[
     flags = [f for f in RESTORE_FLAGS if not os.path.isdir("/sys/fs/selinux") or "lsm" not in f]
     again.restore_from(tmp / "i", "--work-path", str(tmp / "other-work"), *flags)
     again.verify()
-    torpor.fails("checkpoint", "--image-path", tmp / "j", "--pre-dump", again.id, says="--pre-dump is not supported")
-    torpor.fails(
-        "checkpoint", "--image-path", tmp / "j", "--parent-path", "../i", again.id, says="--parent-path is not"
-    )
+
+
+def test_10_a_pre_dump_into_the_same_directory_again(
+    torpor: Torpor, waiter: Callable[..., Container], tmp: Path
+) -> None:
+    """As Podman's --pre-checkpoint and --with-previous call it: the directories are there already, with old images in them."""
+    c = waiter()
+    work = ("--work-path", str(tmp))
+    for _ in range(2):
+        c.checkpoint(tmp / "pre-checkpoint", *work, "--leave-running", "--pre-dump")
+        c.verify()
+    for _ in range(2):
+        c.checkpoint(tmp / "checkpoint", *work, "--leave-running", "--parent-path", "../pre-checkpoint")
+        c.verify()
+    assert {p.name for p in (tmp / "checkpoint").iterdir()} == {"checkpoint.img", "inventory.img"}
+    assert [p.name for p in tmp.iterdir() if ".torpor-" in p.name] == []
+    torpor("delete", "--force", c.id)
+    again = Container(torpor, c.bundle, new_id())
+    # containerd says it again
+    again.restore_from(tmp / "checkpoint", *work, "--parent-path", "../pre-checkpoint")
     again.verify()
 
 

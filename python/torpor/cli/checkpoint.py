@@ -1,6 +1,9 @@
 """DIR is made when it is missing and gets one file, checkpoint.img, and with --work-path an inventory.img, which Podman
 looks for. Without --leave-running the container is stopped and its state kept until `delete`. Whatever goes wrong, the
-container runs on and nothing is left in DIR."""
+container runs on and nothing is left in DIR.
+
+With --parent-path the image holds only what has changed since the one there, and needs it to be restored. It is found
+at once if that checkpoint was made with --track or --pre-dump; else all memory is read and compared."""
 
 from __future__ import annotations
 
@@ -20,10 +23,7 @@ if TYPE_CHECKING:
 
 USAGE = "--image-path DIR [flags] ID"
 
-_INCREMENTAL = "only whole images are written"
 _REFUSED: Refused = (
-    ("pre-dump", BOOL, _INCREMENTAL),
-    ("parent-path", TEXT, _INCREMENTAL),
     ("lazy-pages", BOOL, "an image always holds all pages"),
     ("page-server", TEXT, "an image always holds all pages"),
     ("cuda-checkpoint-path", TEXT, "GPU state is not carried"),
@@ -33,7 +33,10 @@ _REFUSED: Refused = (
 FLAGS = (
     Flag("image-path", TEXT, "directory to write the image to"),
     Flag("leave-running", BOOL, "let the container go on afterwards"),
-    Flag("capture", TEXT, "how --leave-running reads memory", default="background", choices=("background", "stop")),
+    Flag("capture", TEXT, "how --leave-running reads memory; stop if it is little", choices=("background", "stop")),
+    Flag("parent-path", TEXT, "directory of an earlier image, relative to --image-path, to go on from"),
+    Flag("track", BOOL, "with --leave-running: note what is written to from now on, for the next --parent-path"),
+    Flag("pre-dump", BOOL, "write memory only, for a later --parent-path; --leave-running and --track are implied"),
     Flag("work-path", TEXT, "directory for dump.log"),
     Flag("compression", TEXT, "none", default="none"),
     # Each of these permits something. What cannot be carried is refused by name, with or without them.
@@ -47,7 +50,7 @@ FLAGS = (
     Flag("empty-ns", LIST, "accepted for `network`; repeatable"),
     Flag("network-lock", TEXT, "accepted", choices=("iptables", "nftables", "skip")),
     # Each of these asks for what is done anyway.
-    Flag("auto-dedup", BOOL, "accepted; there are no parent images to make smaller"),
+    Flag("auto-dedup", BOOL, "accepted; parent images stay as they are"),
     Flag("exclude-committed-zero-pages", BOOL, "accepted; zero pages are never written"),
     Flag("direct", BOOL, "accepted; torpor chooses how to do its I/O"),
     Flag("status-fd", NUMBER, "", default=-1, hidden=True),
@@ -78,10 +81,14 @@ def execute(config: Config, flags: Parsed) -> int:
     with WorkLog(flags.text("work-path"), "dump.log") as work_log:
         path = os.path.abspath(image)
         old = flags.text("work-path") and os.path.isfile(os.path.join(path, "checkpoint.img"))
+        # Beside the old one: a parent path is the same from there.
         saved = found.checkpoint(
-            os.path.join(path, f".torpor-{os.getpid()}") if old else path,
+            f"{path}.torpor-{os.getpid()}" if old else path,
             leave_running=flags.on("leave-running"),
             capture=flags.text("capture"),
+            parent_path=flags.text("parent-path"),
+            pre_dump=flags.on("pre-dump"),
+            track=flags.on("track"),
         )
         if old:
             _replace(saved.path, path)

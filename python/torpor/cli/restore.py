@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 USAGE = "--image-path DIR [flags] ID"
 
 _REFUSED: Refused = (
-    ("parent-path", TEXT, "only whole images are read"),
     ("lazy-pages", BOOL, "all pages are read before the container goes on"),
     ("fs-restore-image-path", TEXT, "file system images are not read"),
     ("fs-restore-direct", BOOL, "file system images are not read"),
@@ -37,6 +36,8 @@ FLAGS = (
     NO_SUBREAPER,
     Flag("background", BOOL, "let the program run at once and bring its memory while it runs"),
     Flag("record-working-set", BOOL, "with --background: note beside the image what is touched first"),
+    Flag("track", BOOL, "note what is written to from now on, for a checkpoint with --parent-path"),
+    Flag("parent-path", TEXT, "accepted; an image knows its parent"),
     Flag("direct", BOOL, "accepted; torpor chooses how to do its I/O"),
     Flag("tcp-established", BOOL, PERMISSION),
     Flag("tcp-close", BOOL, PERMISSION),
@@ -46,7 +47,7 @@ FLAGS = (
     Flag("manage-cgroups-mode", TEXT, "accepted; the spec decides", choices=("soft", "full", "strict", "ignore")),
     Flag("empty-ns", LIST, "accepted for `network`; repeatable"),
     Flag("network-lock", TEXT, "accepted", choices=("iptables", "nftables", "skip")),
-    Flag("auto-dedup", BOOL, "accepted; there are no parent images to make smaller"),
+    Flag("auto-dedup", BOOL, "accepted; parent images stay as they are"),
     Flag("lsm-profile", TEXT, "TYPE:NAME, where this machine has that security module"),
     Flag("lsm-mount-context", TEXT, "SELinux context of mounts, where this machine has SELinux"),
     *refused_flags(_REFUSED),
@@ -63,16 +64,17 @@ def execute(config: Config, flags: Parsed) -> int:
     check_refused(flags, _REFUSED)
     check_empty_ns(flags)
     _check_lsm(flags)
+    filling = _filling(flags)
     image = os.path.abspath(image)
     with WorkLog(flags.text("work-path"), "restore.log") as work_log:
         work_log.note(f"restoring {image} as {container_id}")
         existing = api.find(container_id, root=config.root)
         if existing is not None:
-            return _fill(config, existing, flags, image)
-        return _make(config, container_id, flags, image)
+            return _fill(config, existing, flags, image, filling)
+        return _make(config, container_id, flags, image, filling)
 
 
-def _fill(config: Config, existing: Container, flags: Parsed, image: str) -> int:
+def _fill(config: Config, existing: Container, flags: Parsed, image: str, filling: create.Filling) -> int:
     config.check_against(existing.refresh().flags, existing.id)
     state = existing.refresh()
     other = "bundle" if flags.text("bundle") and os.path.abspath(flags.text("bundle")) != state.bundle else ""
@@ -81,7 +83,6 @@ def _fill(config: Config, existing: Container, flags: Parsed, image: str) -> int
     if other:
         raise UsageError(f"container {existing.id!r} was created without that --{other}: leave it out")
     api.check_image(image)
-    filling = _filling(flags)
     if flags.on("detach"):
         create.restore_into(existing, image, flags.text("pid-file"), filling=filling)
         return 0
@@ -98,11 +99,9 @@ def _fill(config: Config, existing: Container, flags: Parsed, image: str) -> int
             forget(existing)
 
 
-def _make(config: Config, container_id: str, flags: Parsed, image: str) -> int:
+def _make(config: Config, container_id: str, flags: Parsed, image: str, filling: create.Filling) -> int:
     api.check_id(container_id)
     what = api.plan_for_restore(config, image, flags.text("bundle"), container_id)
-
-    filling = _filling(flags)
 
     def build(options: Options) -> Container:
         options.filling = filling
@@ -112,7 +111,11 @@ def _make(config: Config, container_id: str, flags: Parsed, image: str) -> int:
 
 
 def _filling(flags: Parsed) -> create.Filling:
-    return create.Filling(background=flags.on("background"), record_working_set=flags.on("record-working-set"))
+    return create.Filling(
+        background=flags.on("background"),
+        record_working_set=flags.on("record-working-set"),
+        track=flags.on("track"),
+    )
 
 
 def _check_lsm(flags: Parsed) -> None:

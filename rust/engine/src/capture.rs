@@ -9,9 +9,10 @@ use torpor_sys::PAGE_SIZE;
 use torpor_sys::fd;
 use torpor_sys::pagemap::Pagemap;
 
+use crate::base::{self, Base};
 use crate::collect::Collected;
 use crate::error::{About, Error, Result};
-use crate::kinds::memory::{self, Area};
+use crate::kinds::memory::{self, Area, Source};
 use crate::model::Inventory;
 use crate::stage::Cancel;
 
@@ -28,18 +29,20 @@ pub struct Captured {
     pub pages: u64,
     /// Pages that held nothing but zeroes.
     pub zeroes: u64,
+    /// Pages that are those of the parent.
+    pub inherited: u64,
 }
 
 /// Copies everything that `collected` found, from processes that stand still.
-pub fn capture(collected: &Collected, writer: &mut Writer, cancel: &Cancel) -> Result<Captured> {
-    let mut captured = in_pause(collected, writer, cancel)?;
-    captured.add(&from(collected, Some, writer, cancel)?);
+pub fn capture(collected: &Collected, base: &Base, writer: &mut Writer, cancel: &Cancel) -> Result<Captured> {
+    let mut captured = in_pause(collected, base, writer, cancel)?;
+    captured.add(&from(collected, base, Some, writer, cancel)?);
     Ok(captured)
 }
 
 /// Copies what a twin does not have: shared objects, which would change under it, and areas that are not inherited.
-pub fn in_pause(collected: &Collected, writer: &mut Writer, cancel: &Cancel) -> Result<Captured> {
-    pump(writer, |pump| {
+pub fn in_pause(collected: &Collected, base: &Base, writer: &mut Writer, cancel: &Cancel) -> Result<Captured> {
+    pump(base, writer, |pump| {
         for source in &collected.sources {
             pump.address_space(&collected.inventory, source.index, source.pid, cancel, |area| {
                 !area.is_inherited()
@@ -60,11 +63,12 @@ pub fn in_pause(collected: &Collected, writer: &mut Writer, cancel: &Cancel) -> 
 /// Copies the rest of each address space from whoever `reader` says has it.
 pub fn from(
     collected: &Collected,
+    base: &Base,
     reader: impl Fn(i32) -> Option<i32>,
     writer: &mut Writer,
     cancel: &Cancel,
 ) -> Result<Captured> {
-    pump(writer, |pump| {
+    pump(base, writer, |pump| {
         for source in &collected.sources {
             let pid = reader(source.pid).ok_or_else(|| Error::nonsense("a process without a twin"))?;
             pump.address_space(&collected.inventory, source.index, pid, cancel, Area::is_inherited)?;
@@ -78,26 +82,30 @@ impl Captured {
     pub fn add(&mut self, other: &Captured) {
         self.pages += other.pages;
         self.zeroes += other.zeroes;
+        self.inherited += other.inherited;
     }
 }
 
 /// A piece of memory on its way to the image.
 struct Piece {
     space: u32,
+    /// What is not stored would be a file's: zeroes are data.
+    of_file: bool,
     /// (address, length) of what is in the buffer, one after another.
     ranges: Vec<(u64, u64)>,
     buffer: Vec<u8>,
 }
 
 /// The reading end: fills buffers and hands them over.
-struct Pump {
+struct Pump<'b> {
+    base: &'b Base,
     full: SyncSender<Piece>,
     empty: Receiver<Vec<u8>>,
 }
 
 /// Runs `read` here and a writer beside it, so that copying out of a process and into the file overlap. Three
 /// buffers go round: that is all the memory it takes.
-fn pump(writer: &mut Writer, read: impl FnOnce(&mut Pump) -> Result<()>) -> Result<Captured> {
+fn pump(base: &Base, writer: &mut Writer, read: impl FnOnce(&mut Pump<'_>) -> Result<()>) -> Result<Captured> {
     const BUFFERS: usize = 3;
     let (full, pieces) = sync_channel::<Piece>(BUFFERS);
     let (give_back, empty) = sync_channel(BUFFERS);
@@ -110,13 +118,13 @@ fn pump(writer: &mut Writer, read: impl FnOnce(&mut Pump) -> Result<()>) -> Resu
         let writing = scope.spawn(move || {
             let mut captured = Captured::default();
             for piece in pieces {
-                store(writer, &piece, &mut captured)?;
+                store(writer, base, &piece, &mut captured)?;
                 // The reader may have finished already.
                 let _ = give_back.send(piece.buffer);
             }
             Ok(captured)
         });
-        let mut pump = Pump { full, empty };
+        let mut pump = Pump { base, full, empty };
         let read = read(&mut pump);
         drop(pump);
         let written = writing
@@ -128,10 +136,11 @@ fn pump(writer: &mut Writer, read: impl FnOnce(&mut Pump) -> Result<()>) -> Resu
     })
 }
 
-impl Pump {
+impl Pump<'_> {
     fn send(
         &self,
         space: u32,
+        of_file: bool,
         ranges: Vec<(u64, u64)>,
         fill: impl FnOnce(&[(u64, u64)], &mut [u8]) -> Result<()>,
     ) -> Result<()> {
@@ -139,7 +148,13 @@ impl Pump {
         let mut buffer = self.empty.recv().map_err(|_| gone())?;
         let len: u64 = ranges.iter().map(|r| r.1).sum();
         fill(&ranges, &mut buffer[..len as usize])?;
-        self.full.send(Piece { space, ranges, buffer }).map_err(|_| gone())
+        let piece = Piece {
+            space,
+            of_file,
+            ranges,
+            buffer,
+        };
+        self.full.send(piece).map_err(|_| gone())
     }
 
     fn address_space(
@@ -155,17 +170,24 @@ impl Pump {
         };
         let pagemap = Pagemap::open(pid).about(pid, "pagemap")?;
         let memory = memory::open(pid)?;
-        let mut ranges = Vec::new();
-        for area in body.memory.areas.iter().filter(|a| a.is_private() && wanted(a)) {
-            pagemap
-                .private_data(area.start, area.end, &mut ranges)
-                .about(pid, "pagemap")?;
-        }
-        for group in pieces(&ranges) {
-            cancel.check()?;
-            self.send(index as u32, group, |ranges, out| {
-                memory.gather(ranges, out).about(pid, "memory")
-            })?;
+        let known = self.base.known(index as u32);
+        for of_file in [false, true] {
+            let mut ranges = Vec::new();
+            let areas = body.memory.areas.iter().filter(|a| a.is_private() && wanted(a));
+            for area in areas.filter(|a| (a.source != Source::Nothing) == of_file) {
+                match known {
+                    Some(known) => within(&known.changed, area, &mut ranges),
+                    None => pagemap
+                        .private_data(area.start, area.end, &mut ranges)
+                        .about(pid, "pagemap")?,
+                }
+            }
+            for group in pieces(&ranges) {
+                cancel.check()?;
+                self.send(index as u32, of_file, group, |ranges, out| {
+                    memory.gather(ranges, out).about(pid, "memory")
+                })?;
+            }
         }
         Ok(())
     }
@@ -182,7 +204,7 @@ impl Pump {
         let file = std::fs::File::from(file.about(0, "shared object")?);
         for group in pieces(&ranges) {
             cancel.check()?;
-            self.send(space, group, |ranges, out| {
+            self.send(space, false, group, |ranges, out| {
                 let mut at = 0;
                 for &(offset, len) in ranges {
                     read_to_end(&file, offset, &mut out[at..at + len as usize])?;
@@ -196,24 +218,51 @@ impl Pump {
 }
 
 /// Writes a piece's pages that are not zero, as runs that follow each other both in memory and in the file.
-fn store(writer: &mut Writer, piece: &Piece, captured: &mut Captured) -> Result<()> {
+fn store(writer: &mut Writer, base: &Base, piece: &Piece, captured: &mut Captured) -> Result<()> {
+    let old = base.compared_with(piece.space);
     let mut at = 0usize;
     for &(address, len) in &piece.ranges {
         let bytes = &piece.buffer[at..at + len as usize];
         for (is_zero, first, count) in runs(bytes) {
             let start = address + first as u64 * PAGE_SIZE;
-            if is_zero {
+            if is_zero && !piece.of_file {
                 captured.zeroes += count as u64;
                 continue;
             }
             let data = &bytes[first * PAGE_SIZE as usize..(first + count) * PAGE_SIZE as usize];
-            let offset = writer.append_pages(data)?;
-            writer.push_run(PageRun::data(piece.space, start, offset, count as u64));
-            captured.pages += count as u64;
+            match (writer.parent().cloned(), old) {
+                (Some(parent), Some(old)) => {
+                    for (is_old, first, count) in base::compare(&parent, old, start, data)? {
+                        let start = start + first as u64 * PAGE_SIZE;
+                        if is_old {
+                            captured.inherited += writer.inherit((old, start), (piece.space, start), count as u64)?;
+                        } else {
+                            let data = &data[first * PAGE_SIZE as usize..(first + count) * PAGE_SIZE as usize];
+                            append(writer, piece.space, start, data, captured)?;
+                        }
+                    }
+                }
+                _ => append(writer, piece.space, start, data, captured)?,
+            }
         }
         at += len as usize;
     }
     Ok(())
+}
+
+fn append(writer: &mut Writer, space: u32, start: u64, data: &[u8], captured: &mut Captured) -> Result<()> {
+    let count = data.len() as u64 / PAGE_SIZE;
+    let offset = writer.append_pages(data)?;
+    writer.push_run(PageRun::data(space, start, offset, count));
+    captured.pages += count;
+    Ok(())
+}
+
+/// The parts of sorted ranges that are in an area.
+fn within(ranges: &[(u64, u64)], area: &Area, out: &mut Vec<(u64, u64)>) {
+    let first = ranges.partition_point(|r| r.1 <= area.start);
+    let touched = ranges[first..].iter().take_while(|r| r.0 < area.end);
+    out.extend(touched.map(|r| (r.0.max(area.start), r.1.min(area.end))));
 }
 
 /// A file's last page may reach past its end: the rest is zeroes.

@@ -8,8 +8,12 @@ use serde_json::Value;
 use torpor_image::{HeaderInfo, Writer};
 
 use crate::advance::Advance;
+use crate::base::{Base, MEMORY, Spaces};
+use crate::capture::Captured;
+use crate::collect::Collected;
 use crate::error::{Error, Result};
 use crate::stage::{Cancel, Run, Stage, Timing};
+use crate::track::{Tracker, Tracking};
 use crate::{capture, collect, freeze, huge, twin};
 
 /// What to do.
@@ -25,6 +29,18 @@ pub struct Request {
     /// How memory is captured: "stop" or "background"; by default in the background when the container goes on.
     #[serde(default)]
     pub capture: Option<Capture>,
+    /// The directory of the image to go on from, relative to that of the new one.
+    #[serde(default)]
+    pub parent_path: Option<PathBuf>,
+    /// Only memory, for another checkpoint to go on from; the container goes on.
+    #[serde(default)]
+    pub pre_dump: bool,
+    /// From now on keep track of what is written to.
+    #[serde(default)]
+    pub track: bool,
+    /// Where a tracker leaves its note.
+    #[serde(default)]
+    pub tracker: PathBuf,
     /// The container's config.json, kept in the image.
     #[serde(default)]
     pub spec: Value,
@@ -44,14 +60,26 @@ pub enum Capture {
 }
 
 impl Request {
-    /// A container that is to end, or that is paused, has nothing to gain from running on.
-    fn mode(&self, paused: bool) -> Capture {
+    /// A container that is to end, or that is paused, has nothing to gain from running on; and little is copied before
+    /// a twin is made.
+    fn mode(&self, paused: bool, little: bool) -> Capture {
         match self.capture {
             _ if !self.leave_running || paused => Capture::Stop,
+            None if little => Capture::Stop,
             wanted => wanted.unwrap_or(Capture::Background),
         }
     }
+
+    fn writer(&self) -> Result<Writer> {
+        Ok(match &self.parent_path {
+            Some(parent) => Writer::create_child(&self.image_path, header(), parent)?,
+            None => Writer::create(&self.image_path, header())?,
+        })
+    }
 }
+
+/// Up to so many bytes are copied while the container stands still, rather than a twin made.
+const LITTLE: u64 = 32 << 20;
 
 /// What was done.
 #[derive(Debug, Serialize)]
@@ -64,6 +92,10 @@ pub struct Report {
     pub pages: u64,
     /// Pages that held only zeroes.
     pub zero_pages: u64,
+    /// Pages with data that are those of the parent.
+    pub inherited_pages: u64,
+    /// What is written to from now on is kept track of.
+    pub tracked: bool,
     /// Threads.
     pub tasks: usize,
     /// How long the container stood still, in microseconds.
@@ -74,33 +106,45 @@ pub struct Report {
     pub warnings: Vec<String>,
 }
 
+/// A container that was saved.
+#[derive(Debug)]
+pub struct Saved {
+    /// What was done.
+    pub report: Report,
+    /// To be held by the caller, in this process, from now on.
+    pub tracker: Option<Tracker>,
+}
+
 /// Saves a container. When this returns an error the container runs on and no image exists.
-pub fn checkpoint(request: &Request, cancel: &Cancel) -> Result<Report> {
-    let in_advance = request.mode(false) == Capture::Background;
+pub fn checkpoint(request: &Request, cancel: &Cancel) -> Result<Saved> {
+    // A watch shows in the flags of a mapping and not in those of its twin: then nothing is read in advance.
+    let tracks = request.track || Tracking::find(&request.tracker)?.is_at_work();
+    let in_advance = !tracks && request.mode(false, false) == Capture::Background;
     match attempt(request, in_advance, cancel)? {
-        Some(report) => Ok(report),
+        Some(saved) => Ok(saved),
         // What was read before the pause was not true in it: now it is read in the pause.
         None => attempt(request, false, cancel)?.ok_or_else(|| Error::nonsense("nothing was assumed")),
     }
 }
 
 /// `None` when what was read in advance has turned out to be wrong.
-fn attempt(request: &Request, in_advance: bool, cancel: &Cancel) -> Result<Option<Report>> {
+fn attempt(request: &Request, in_advance: bool, cancel: &Cancel) -> Result<Option<Saved>> {
     let mut run = Run::new(cancel);
     torpor_sys::fd::raise_limit();
     // Before anything is stopped: a directory that cannot take an image is the commonest mistake.
-    let mut writer = run.stage(Stage::Write, || Ok(Writer::create(&request.image_path, header())?))?;
+    let mut writer = run.stage(Stage::Write, || request.writer())?;
+    let tracking = Tracking::find(&request.tracker)?;
     let mut advance = match in_advance {
         true => Advance::read(request.pid),
         false => Advance::default(),
     };
     let frozen = run.stage(Stage::Freeze, || freeze::freeze(request.pid))?;
-    if request.mode(frozen.was_paused()) == Capture::Stop {
+    if request.mode(frozen.was_paused(), false) == Capture::Stop {
         // Without a twin nothing can be confirmed.
         advance = Advance::default();
     }
     let mut collected = run.stage(Stage::Collect, || {
-        collect::collect(&frozen, advance, &mut |bytes| {
+        collect::collect(&frozen, advance, &tracking, request.pre_dump, &mut |bytes| {
             cancel.check()?;
             Ok(writer.append_blob(bytes)?)
         })
@@ -108,39 +152,63 @@ fn attempt(request: &Request, in_advance: bool, cancel: &Cancel) -> Result<Optio
     let since = frozen.since;
     let mut pause = Duration::ZERO;
     let mut confirmed = true;
-    let (frozen, captured) = run.stage(Stage::Capture, || match request.mode(frozen.was_paused()) {
-        Capture::Stop => {
-            let captured = capture::capture(&collected, &mut writer, cancel)?;
-            huge::collect(&mut collected, Some)?;
-            // Memory is in the file now: a container that goes on need not wait for the disk.
-            let frozen = if request.leave_running {
-                frozen.release().map(|()| None)?
-            } else {
-                Some(frozen)
-            };
-            pause = since.elapsed();
-            Ok((frozen, captured))
-        }
-        Capture::Background => {
-            let mut captured = capture::in_pause(&collected, &mut writer, cancel)?;
-            let twins = twin::make(&collected.sources)?;
-            frozen.release()?;
-            pause = since.elapsed();
-            confirmed = twins.confirm(&collected.sources)?;
-            if confirmed {
-                captured.add(&capture::from(&collected, |pid| twins.of(pid), &mut writer, cancel)?);
-                huge::collect(&mut collected, |pid| twins.of(pid))?;
+    let (frozen, captured, tracking) = run.stage(Stage::Capture, || {
+        let base = match writer.parent() {
+            Some(parent) => Base::of(parent, &tracking, &collected)?,
+            None => Base::default(),
+        };
+        let tracking = watch(request, tracking, &mut collected)?;
+        let little = base.changed(&collected).is_some_and(|bytes| bytes <= LITTLE);
+        let mut captured = Captured::default();
+        let frozen = match request.mode(frozen.was_paused(), little) {
+            Capture::Stop => {
+                captured.add(&capture::capture(&collected, &base, &mut writer, cancel)?);
+                huge::collect(&mut collected, Some)?;
+                // Memory is in the file now: a container that goes on need not wait for the disk.
+                let frozen = if request.leave_running {
+                    frozen.release().map(|()| None)?
+                } else {
+                    Some(frozen)
+                };
+                pause = since.elapsed();
+                frozen
             }
-            twins.check()?;
-            twins.dismiss()?;
-            Ok((None, captured))
+            Capture::Background => {
+                captured.add(&capture::in_pause(&collected, &base, &mut writer, cancel)?);
+                let twins = twin::make(&collected.sources)?;
+                frozen.release()?;
+                pause = since.elapsed();
+                confirmed = twins.confirm(&collected.sources)?;
+                if confirmed {
+                    let twin = |pid| twins.of(pid);
+                    captured.add(&capture::from(&collected, &base, twin, &mut writer, cancel)?);
+                    huge::collect(&mut collected, twin)?;
+                }
+                twins.check()?;
+                twins.dismiss()?;
+                None
+            }
+        };
+        captured.inherited += base.inherit(&mut writer)?;
+        if let (Some(parent), count @ 1..) = (writer.parent(), base.untracked(&collected)) {
+            let text = format!(
+                "{count} of {} processes were not tracked since {} was made: all of their memory was compared with it",
+                collected.sources.len(),
+                parent.path().display()
+            );
+            collected.inventory.warnings.push(text);
         }
+        Ok((frozen, captured, tracking))
     })?;
     if !confirmed {
         return Ok(None);
     }
     let committed = run.stage(Stage::Write, || {
-        writer.add_section("metadata", &collected.inventory)?;
+        if request.pre_dump {
+            writer.add_section(MEMORY, &Spaces::of(&collected.inventory))?;
+        } else {
+            writer.add_section("metadata", &collected.inventory)?;
+        }
         writer.add_section("spec", &request.spec)?;
         writer.add_section("container", &request.container)?;
         Ok(writer)
@@ -150,16 +218,32 @@ fn attempt(request: &Request, in_advance: bool, cancel: &Cancel) -> Result<Optio
         frozen.kill(request.pid)?;
         pause = since.elapsed();
     }
-    Ok(Some(Report {
+    let mut warnings = collected.inventory.warnings.clone();
+    let tracker = tracking.and_then(|t| t.hold(&committed.digest, request.pid, &request.tracker, &mut warnings));
+    let report = Report {
         image: committed.path,
         bytes: committed.bytes,
         pages: captured.pages,
         zero_pages: captured.zeroes,
+        inherited_pages: captured.inherited,
+        tracked: tracker.is_some(),
         tasks: collected.inventory.tasks(),
         pause_us: pause.as_micros().try_into().unwrap_or(u64::MAX),
         stages: run.timings(),
-        warnings: collected.inventory.warnings,
-    }))
+        warnings,
+    };
+    Ok(Some(Saved { report, tracker }))
+}
+
+/// Begins to track, or goes on with it, if that is asked for. All threads stand still, and what is captured is what
+/// their memory holds now.
+fn watch(request: &Request, tracking: Tracking, collected: &mut Collected) -> Result<Option<Tracking>> {
+    if !request.track {
+        return Ok(None);
+    }
+    let (tracking, warnings) = tracking.arm(collected)?;
+    collected.inventory.warnings.extend(warnings);
+    Ok(Some(tracking))
 }
 
 fn header() -> HeaderInfo {

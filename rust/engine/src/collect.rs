@@ -21,6 +21,7 @@ use crate::kinds::{
     signals, tasks, timers, tmpfs, vdso,
 };
 use crate::model::{Body, Inventory, Process, Thread};
+use crate::track::Tracking;
 
 /// Room for the table of a visit, in bytes.
 const TABLE: u64 = 64 * 1024;
@@ -75,10 +76,13 @@ struct Subject<'f> {
     memory: Memory,
 }
 
-/// Collects. `advance` is what is known already; `blob` stores bytes in the image.
+/// Collects. `advance` is what is known already; `blob` stores bytes in the image. `tracking` says which mappings are watched by us; with `memory_only` the
+/// contents of file systems in memory are left out.
 pub fn collect(
     frozen: &Frozen,
     mut advance: Advance,
+    tracking: &Tracking,
+    memory_only: bool,
     blob: &mut dyn FnMut(&[u8]) -> Result<BlobRef>,
 ) -> Result<Collected> {
     let init = frozen
@@ -94,6 +98,7 @@ pub fn collect(
     inventory.mounts = mounts.seen();
     let mut tables = memory::Tables {
         view: &view,
+        tracking,
         mapped: Vec::new(),
         shared: Default::default(),
     };
@@ -165,8 +170,10 @@ pub fn collect(
     }
     // After everything that has a time left: nothing comes early by the clocks of the restored container.
     inventory.clocks = Some(clocks::collect(init)?);
-    // Last, since it may be much: by now nothing else is refused.
-    inventory.tmpfs = tmpfs::collect(init, &mounts, &maps, blob, &mut inventory.warnings)?;
+    if !memory_only {
+        // Last, since it may be much: by now nothing else is refused.
+        inventory.tmpfs = tmpfs::collect(init, &mounts, &maps, blob, &mut inventory.warnings)?;
+    }
     inventory.objects.mapped = tables.mapped;
     inventory.objects.shared = tables.shared.states;
     Ok(Collected {

@@ -6,6 +6,7 @@ use serde_json::{Value, json};
 use torpor_image::Reader;
 use torpor_sys::PAGE_SIZE;
 
+use crate::base;
 use crate::capture::SHARED;
 use crate::error::Result;
 use crate::kinds::files::Object;
@@ -25,7 +26,12 @@ pub fn peek(path: &Path) -> Result<Value> {
 /// Everything but the pages: process tree, memory by kind, open files, sizes.
 pub fn inspect(path: &Path) -> Result<Value> {
     let image = Reader::open(path)?;
-    let inventory: Inventory = image.section("metadata")?;
+    let memory_only = base::is_memory_only(&image);
+    let inventory: Inventory = if memory_only {
+        Inventory::default()
+    } else {
+        image.section("metadata")?
+    };
     let pages_of = |space: u32| image.runs_of(space).iter().map(|r| r.pages).sum::<u64>();
     let processes: Vec<Value> = inventory
         .processes
@@ -51,6 +57,7 @@ pub fn inspect(path: &Path) -> Result<Value> {
         "header": image.header(),
         "sections": sections,
         "container": image.section::<Value>("container")?,
+        "memory_only": memory_only,
         "tasks": inventory.tasks(),
         "memory_bytes": image.runs().iter().map(|r| r.bytes()).sum::<u64>(),
         "processes": processes,

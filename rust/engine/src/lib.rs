@@ -4,8 +4,9 @@
 //! file for each kind of state. It knows nothing of OCI or Python.
 #![forbid(unsafe_code)]
 
-pub mod bounds;
 pub mod advance;
+pub mod base;
+pub mod bounds;
 pub mod build;
 pub mod capture;
 pub mod checkpoint;
@@ -21,6 +22,7 @@ pub mod pager;
 pub mod plan;
 pub mod restore;
 pub mod stage;
+pub mod track;
 pub mod twin;
 
 pub use checkpoint::checkpoint;

@@ -8,6 +8,7 @@ use torpor_image::Reader;
 use torpor_sys::fork;
 use torpor_sys::ptrace::{self, Options};
 
+use crate::base;
 use crate::bounds::Bounds;
 use crate::build::{self, Late, Objects, Skeleton};
 use crate::error::{About, Result};
@@ -19,6 +20,7 @@ use crate::model::Inventory;
 use crate::pager::{self, Pager};
 use crate::plan;
 use crate::stage::{Cancel, Run, Stage, Timing};
+use crate::track::{self, Tracker};
 
 /// What to do.
 #[derive(Debug, Deserialize)]
@@ -33,6 +35,12 @@ pub struct Request {
     /// Note beside the image what the programs touch first.
     #[serde(default)]
     pub record_working_set: bool,
+    /// From now on keep track of what is written to.
+    #[serde(default)]
+    pub track: bool,
+    /// Where a tracker leaves its note.
+    #[serde(default)]
+    pub tracker: PathBuf,
     /// The new container's config.json: what it grants at most.
     #[serde(default)]
     pub spec: Value,
@@ -52,6 +60,8 @@ pub struct Report {
     pub bytes: u64,
     /// Whether the rest is being filled while it runs.
     pub background: bool,
+    /// What is written to from now on is kept track of.
+    pub tracked: bool,
     /// Time of each stage.
     pub stages: Vec<Timing>,
     /// What the image's report said, in words.
@@ -65,6 +75,8 @@ pub struct Restored {
     pub report: Report,
     /// To be finished by the caller, in this process.
     pub pager: Option<Pager>,
+    /// To be held by the caller, in this process, from now on.
+    pub tracker: Option<Tracker>,
 }
 
 /// Restores an image into a waiting container. `on_loaded` is called when all is there and nothing runs yet; an
@@ -85,6 +97,7 @@ pub fn restore(request: &Request, cancel: &Cancel, on_loaded: &mut dyn FnMut() -
     })?;
     let bounds = Bounds::of(&request.spec);
     let inventory: Inventory = run.stage(Stage::Plan, || {
+        base::check_whole(&image)?;
         let mut inventory: Inventory = image.section("metadata")?;
         if let Some(filter) = &request.filter {
             seccomp::impose(&mut inventory, filter)?;
@@ -98,7 +111,7 @@ pub fn restore(request: &Request, cancel: &Cancel, on_loaded: &mut dyn FnMut() -
         build::build(&inventory, &image, request.pid, &bounds, cancel)
     })?;
     let mut warnings = inventory.warnings.clone();
-    let (bytes, pager) = run.stage(Stage::Fill, || {
+    let (bytes, pager, tracking) = run.stage(Stage::Fill, || {
         let waits = |area: &Area| request.background && area.can_wait();
         let bytes = fill::fill(&skeleton, &inventory, &image, cancel, |area| !waits(area))?;
         let pager = if request.background {
@@ -107,7 +120,14 @@ pub fn restore(request: &Request, cancel: &Cancel, on_loaded: &mut dyn FnMut() -
             huge::rebuild(&skeleton, &inventory)?;
             None
         };
-        Ok((bytes, pager))
+        let tracking = if request.track {
+            let (tracking, untracked) = track::begin(&skeleton, &inventory);
+            warnings.extend(untracked);
+            Some(tracking)
+        } else {
+            None
+        };
+        Ok((bytes, pager, tracking))
     })?;
     run.stage(Stage::Resume, || {
         let mut skeleton = skeleton;
@@ -117,15 +137,17 @@ pub fn restore(request: &Request, cancel: &Cancel, on_loaded: &mut dyn FnMut() -
         }
         resume(skeleton, objects, &inventory, &image, on_loaded)
     })?;
+    let tracker = tracking.and_then(|t| t.hold(&image.digest(), request.pid, &request.tracker, &mut warnings));
     let report = Report {
         pid: request.pid,
         tasks: inventory.tasks(),
         bytes,
         background: pager.is_some(),
+        tracked: tracker.is_some(),
         stages: run.timings(),
         warnings,
     };
-    Ok(Restored { report, pager })
+    Ok(Restored { report, pager, tracker })
 }
 
 fn start_pager(skeleton: &Skeleton, inventory: &Inventory, request: &Request) -> Result<Pager> {

@@ -73,7 +73,7 @@ fn busy_signals(pid: Pid) -> Result<u64> {
 }
 
 /// Visits a stopped process that nothing is known of.
-fn visit_anew<T>(pid: Pid, work: impl FnOnce(&Door<'_>, &mut Visit<'_>) -> Result<T>) -> Result<T> {
+pub(crate) fn visit_anew<T>(pid: Pid, work: impl FnOnce(&Door<'_>, &mut Visit<'_>) -> Result<T>) -> Result<T> {
     let (inner_pid, busy_signals) = ids(pid)?;
     let vmas = proc::maps(pid).about(pid, "maps")?;
     let instructions = vec![ptrace::regs(pid).about(pid, "registers")?.rip];

@@ -16,6 +16,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use torpor_engine::pager::Pager;
 use torpor_engine::stage::Cancel;
+use torpor_engine::track::Tracker;
 use torpor_sys::cgroup::Freezer;
 use torpor_sys::{Pid, fork, wait};
 
@@ -248,7 +249,8 @@ fn attend(
             other => break other,
         }
     };
-    let works_on = matches!(&outcome, Ok(Some(Message::Done(report))) if report["background"] == true);
+    let goes_on = |report: &Value| report["background"] == true || report["tracked"] == true;
+    let works_on = matches!(&outcome, Ok(Some(Message::Done(report))) if goes_on(report));
     let pager = tracer.pid;
     tracer.end(py, works_on);
     if let Some(e) = refused {
@@ -256,7 +258,7 @@ fn attend(
     }
     match outcome? {
         Some(Message::Done(mut report)) => {
-            if works_on {
+            if report["background"] == true {
                 report["pager"] = pager.into();
             }
             Ok(report.to_string())
@@ -273,7 +275,13 @@ fn attend(
 pub fn checkpoint(py: Python<'_>, request: &str) -> PyResult<String> {
     let request: torpor_engine::checkpoint::Request = parse(py, request)?;
     let aftermath = Aftermath::of(request.pid, Some(&request.image_path));
-    let work = |_: &mut Caller, cancel: &Cancel| conclude(torpor_engine::checkpoint(&request, cancel)).into();
+    let work = |_: &mut Caller, cancel: &Cancel| match torpor_engine::checkpoint(&request, cancel) {
+        Err(error) => Message::Failed(error.into()).into(),
+        Ok(saved) => Ending {
+            message: conclude(Ok(saved.report)),
+            after: saved.tracker.map(hold),
+        },
+    };
     let tracer = start(work).map_err(|f| f.raise(py))?;
     attend(py, tracer, &aftermath, &mut |_| Ok(()))
 }
@@ -304,16 +312,22 @@ pub fn restore(py: Python<'_>, request: &str, on_loaded: &Py<PyAny>) -> PyResult
             Err(error) => Message::Failed(error.into()).into(),
             Ok(restored) => {
                 let message = conclude(Ok(restored.report));
-                let after = restored.pager.map(|pager| {
+                let page = restored.pager.map(|pager| {
                     let report = rest.pager_report.clone();
                     Box::new(move || page_in(pager, report)) as Box<dyn FnOnce()>
                 });
+                let after = page.or_else(|| restored.tracker.map(hold));
                 Ending { message, after }
             }
         }
     };
     let tracer = start(work).map_err(|f| f.raise(py))?;
     attend(py, tracer, &aftermath, &mut |py| on_loaded.call0(py).map(drop))
+}
+
+/// The tracer goes on as the tracker.
+fn hold(tracker: Tracker) -> Box<dyn FnOnce()> {
+    Box::new(move || tracker.hold())
 }
 
 /// Brings the rest of a container's memory and leaves word of how it went.

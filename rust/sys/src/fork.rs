@@ -51,6 +51,15 @@ pub fn become_independent(name: &std::ffi::CStr, keep: &[RawFd]) -> Result<()> {
     close_all_but(keep)
 }
 
+/// Makes the calling process one that stays for long: with a name that says what for, and in the way of no unmount.
+pub fn settle(name: &std::ffi::CStr) {
+    // SAFETY: plain calls on our own process with C strings; that they may fail harms nobody.
+    unsafe {
+        libc::prctl(libc::PR_SET_NAME, name.as_ptr());
+        libc::chdir(c"/".as_ptr());
+    }
+}
+
 fn close_all_but(keep: &[RawFd]) -> Result<()> {
     let mut keep: Vec<u32> = keep
         .iter()

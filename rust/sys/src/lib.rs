@@ -24,6 +24,7 @@ pub mod sleepers;
 pub mod socket;
 pub mod start;
 pub mod timens;
+pub mod track;
 pub mod tree;
 pub mod uffd;
 pub mod wait;

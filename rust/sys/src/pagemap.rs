@@ -7,6 +7,8 @@ use std::os::unix::fs::FileExt;
 use crate::error::{Error, Result, check};
 use crate::{PAGE_SIZE, Pid};
 
+const WPALLOWED: u64 = 1 << 0;
+const WRITTEN: u64 = 1 << 1;
 const FILE: u64 = 1 << 2;
 const PRESENT: u64 = 1 << 3;
 const SWAPPED: u64 = 1 << 4;
@@ -15,6 +17,40 @@ const HUGE: u64 = 1 << 6;
 
 /// `_IOWR('f', 16, struct pm_scan_arg)`.
 const PAGEMAP_SCAN: libc::c_ulong = 0xc060_6610;
+
+/// Which pages are meant: of all of the categories `all`, of none of `none` and of one of `any`.
+struct Wanted {
+    all: u64,
+    none: u64,
+    any: u64,
+    flags: u64,
+}
+
+/// Pages with data of the process's own.
+const DATA: Wanted = Wanted {
+    all: 0,
+    none: FILE | PFNZERO,
+    any: PRESENT | SWAPPED,
+    flags: 0,
+};
+/// Pages in huge pages that belong to no file.
+const IN_HUGE: Wanted = Wanted { any: HUGE, ..DATA };
+/// Those with data that nothing was written to since they were protected.
+const UNCHANGED: Wanted = Wanted {
+    all: WPALLOWED,
+    none: WRITTEN | FILE | PFNZERO,
+    any: PRESENT | SWAPPED,
+    flags: 0,
+};
+/// The others.
+const CHANGED: Wanted = Wanted {
+    all: WRITTEN,
+    none: FILE | PFNZERO,
+    any: PRESENT | SWAPPED,
+    flags: 0,
+};
+/// The same, which are protected at once: PM_SCAN_WP_MATCHING | PM_SCAN_CHECK_WPASYNC.
+const TO_PROTECT: Wanted = Wanted { flags: 3, ..CHANGED };
 
 #[repr(C)]
 #[derive(Default)]
@@ -59,7 +95,7 @@ impl Pagemap {
             file,
             can_scan: true,
         };
-        map.can_scan = map.scan(0, PAGE_SIZE, (FILE, PRESENT), &mut Vec::new()).is_ok();
+        map.can_scan = map.scan(&DATA, 0, PAGE_SIZE, &mut Vec::new()).is_ok();
         Ok(map)
     }
 
@@ -72,7 +108,7 @@ impl Pagemap {
     /// out, not the zero page, not a page of a file. Adjacent ranges come as one. `out` is appended to.
     pub fn private_data(&self, start: u64, end: u64, out: &mut Vec<(u64, u64)>) -> Result<()> {
         if self.can_scan {
-            self.scan(start, end, (FILE | PFNZERO, PRESENT | SWAPPED), out)
+            self.scan(&DATA, start, end, out)
         } else {
             self.walk(start, end, out)
         }
@@ -82,34 +118,64 @@ impl Pagemap {
     /// kernel that cannot tell. `out` is appended to.
     pub fn huge(&self, start: u64, end: u64, out: &mut Vec<(u64, u64)>) -> Result<()> {
         if self.can_scan {
-            self.scan(start, end, (FILE | PFNZERO, HUGE), out)
+            self.scan(&IN_HUGE, start, end, out)
         } else {
             Ok(())
         }
     }
 
-    /// Pages of none of the first categories and of any of the second.
-    fn scan(&self, start: u64, end: u64, (none, any): (u64, u64), out: &mut Vec<(u64, u64)>) -> Result<()> {
+    /// The ranges of [start, end) that hold data as above and that nobody has written to since [`Pagemap::protect`]:
+    /// not the program, not the kernel on its behalf, not another process. Memory that is not watched any more (it
+    /// was mapped again, moved, or inherited by fork(2) or lost by execve(2)) counts as written, and so does memory
+    /// that was given up (madvise(2)), which holds nothing.
+    ///
+    /// Only for private memory: what others write to a shared object is not seen.
+    pub fn unchanged(&self, start: u64, end: u64, out: &mut Vec<(u64, u64)>) -> Result<()> {
+        self.scan(&UNCHANGED, start, end, out)
+    }
+
+    /// The ranges of [start, end) that hold data and are not [`Pagemap::unchanged`].
+    pub fn changed(&self, start: u64, end: u64, out: &mut Vec<(u64, u64)>) -> Result<()> {
+        self.scan(&CHANGED, start, end, out)
+    }
+
+    /// The same, and protects them in the same moment, so that the next write to each is seen. All of the range must be
+    /// registered (see [`crate::track`]). Pages that hold nothing need no protection: with data they will count as
+    /// written. So a large reservation costs no page tables.
+    ///
+    /// # Errors
+    /// EPERM when a part of the range is not registered.
+    pub fn protect(&self, start: u64, end: u64, out: &mut Vec<(u64, u64)>) -> Result<()> {
+        self.scan(&TO_PROTECT, start, end, out)
+    }
+
+    fn scan(&self, wanted: &Wanted, start: u64, end: u64, out: &mut Vec<(u64, u64)>) -> Result<()> {
         let mut regions = [Region::default(); 512];
         let mut at = start;
         while at < end {
             let mut arg = ScanArg {
                 size: size_of::<ScanArg>() as u64,
+                flags: wanted.flags,
                 start: at,
                 end,
                 vec: regions.as_mut_ptr() as u64,
                 vec_len: regions.len() as u64,
-                category_inverted: none,
-                category_mask: none,
-                category_anyof_mask: any,
-                return_mask: any,
+                category_inverted: wanted.none,
+                category_mask: wanted.all | wanted.none,
+                category_anyof_mask: wanted.any,
+                return_mask: wanted.any,
                 ..ScanArg::default()
             };
             // SAFETY: arg and regions are valid for the kernel to fill.
             let ret = unsafe { libc::ioctl(self.file.as_raw_fd(), PAGEMAP_SCAN, &raw mut arg) };
             let count = check(ret.into(), "PAGEMAP_SCAN", self.pid)? as usize;
             for r in &regions[..count] {
-                append(out, r.start, r.end);
+                if r.categories & SWAPPED == 0 {
+                    append(out, r.start, r.end);
+                } else {
+                    // Markers without data are called swapped too: the page map itself tells them apart.
+                    self.walk(r.start, r.end, out)?;
+                }
             }
             at = arg.walk_end;
         }

@@ -105,6 +105,14 @@ fn visit(pid: Pid) {
     assert!(results.get(bad, "close").is_err());
     assert!(results.raw(twice) > 0);
     assert_eq!(results.i32(room), 0);
+    let mut batch = Batch::new();
+    let made = batch.must("eventfd2", libc::SYS_eventfd2, [0.into(), 0.into()]);
+    let halt = visit.halt(&mut batch);
+    batch.must("close", libc::SYS_close, [torpor_sys::remote::Arg::Result(made)]);
+    let look = |number: i64| proc::link(&format!("/proc/{pid}/fd/{number}"));
+    let (results, seen) = visit.run_around(&batch, made, halt, look).unwrap();
+    assert_eq!(seen.unwrap().unwrap(), "anon_inode:[eventfd]");
+    look(results.raw(made)).expect_err("a descriptor was left");
     visit.leave().unwrap();
     door.close().unwrap();
     assert_eq!(proc::maps(pid).unwrap(), vmas, "a mapping was left");
@@ -170,6 +178,7 @@ fn a_batch_that_must_succeed_stops_at_the_first_failure() {
 #[test]
 fn a_program_whose_tracer_is_killed_works_on() {
     let mut echo = Echo::start("");
+    let fds = proc::fds(echo.pid()).unwrap();
     for round in 0u32..200 {
         let pid = echo.pid();
         let tracer = fork::fork(|| {
@@ -197,4 +206,5 @@ fn a_program_whose_tracer_is_killed_works_on() {
         .filter(|v| v.len() % TABLE == 0 && v.name.is_empty())
         .count();
     assert_eq!(count, 0, "tables were left");
+    assert_eq!(proc::fds(echo.pid()).unwrap(), fds, "descriptors were left");
 }

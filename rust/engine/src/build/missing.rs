@@ -4,6 +4,7 @@ use std::os::fd::OwnedFd;
 
 use torpor_image::Reader;
 use torpor_sys::remote::Batch;
+use torpor_sys::track::{self, Watch};
 use torpor_sys::uffd::Uffd;
 use torpor_sys::{fd, pidfd};
 
@@ -58,6 +59,15 @@ impl Skeleton {
         };
         let file = self.take(pid, number)?;
         Uffd::enable(file).about(pid, "userfaultfd")
+    }
+
+    /// A watch over what a process writes to (see track.rs).
+    pub fn write_watch(&self, pid: i32) -> Result<Watch> {
+        let mut batch = Batch::new();
+        let call = batch.must("userfaultfd", libc::SYS_userfaultfd, [track::FLAGS.into()]);
+        let results = self.site(pid)?.run(&batch).about(pid, "userfaultfd")?;
+        let file = self.take(pid, results.raw(call) as i32)?;
+        Watch::enable(file).about(pid, "userfaultfd")
     }
 
     fn watch_by_device(&self, pid: i32, flags: i32) -> Result<i32> {

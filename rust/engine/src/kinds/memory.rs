@@ -12,6 +12,7 @@ use torpor_sys::{PAGE_SIZE, Pid};
 use super::paths::View;
 use super::{shared, vdso};
 use crate::error::{About, Error, Result};
+use crate::track::Tracking;
 
 /// An address space.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -113,6 +114,8 @@ const REFUSED: [(&[u8; 2], &str); 8] = [
 pub struct Tables<'v> {
     /// How the container sees its files.
     pub view: &'v View,
+    /// Which mappings we ourselves watch.
+    pub tracking: &'v Tracking,
     /// Files with a name that are mapped.
     pub mapped: Vec<MappedFile>,
     /// Shared objects.
@@ -165,7 +168,9 @@ fn exe(pid: Pid, tables: &mut Tables<'_>) -> Result<Source> {
 fn area(pid: Pid, vma: &Vma, tables: &mut Tables<'_>) -> Result<Area> {
     let object = || format!("mapping {:x}-{:x} {}", vma.start, vma.end, vma.name);
     for (flag, what) in REFUSED {
-        if vma.has(flag) {
+        // Our own watch is not the program's.
+        let is_ours = || flag == b"uw" && tables.tracking.owns(pid, vma.start, vma.end);
+        if vma.has(flag) && !is_ours() {
             return Err(Error::unsupported(
                 pid,
                 object(),

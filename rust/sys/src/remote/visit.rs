@@ -12,7 +12,7 @@
 
 use std::time::Duration;
 
-use super::batch::{Batch, RECORD, Results};
+use super::batch::{Arg, Batch, RECORD, Results};
 use super::stub;
 use crate::error::{Error, Result};
 use crate::mem::Memory;
@@ -55,6 +55,7 @@ pub struct Door<'m> {
 pub struct Visit<'d> {
     door: &'d Door<'d>,
     tid: Pid,
+    inner_tid: Pid,
     regs: Regs,
     mask: u64,
     home: bool,
@@ -171,6 +172,7 @@ impl<'m> Door<'m> {
         Ok(Visit {
             door: self,
             tid,
+            inner_tid,
             regs,
             mask,
             home: true,
@@ -251,6 +253,43 @@ impl<'d> Visit<'d> {
 
     /// Runs a batch in the thread.
     pub fn run(&mut self, batch: &Batch) -> Result<Results> {
+        let regs = self.lay_out(batch)?;
+        self.go(&regs)?;
+        self.results(batch)
+    }
+
+    /// Adds a halt to a batch for [`Visit::run_around`].
+    pub fn halt(&self, batch: &mut Batch) -> usize {
+        let args = [self.door.host.inner_pid, self.inner_tid, self.door.marker].map(Arg::from);
+        batch.may("halt", libc::SYS_tgkill, args)
+    }
+
+    /// Runs a batch in the thread, and `work` at its `halt`; `work` gets what the call number `of` returned. The calls after the
+    /// halt are made in any case, also when we are killed meanwhile: so what was made for `work` alone is taken away
+    /// again. No result of `work` when the batch ended before the halt.
+    pub fn run_around<T>(
+        &mut self,
+        batch: &Batch,
+        of: usize,
+        halt: usize,
+        work: impl FnOnce(i64) -> T,
+    ) -> Result<(Results, Option<T>)> {
+        let regs = self.lay_out(batch)?;
+        self.set_off(&regs)?;
+        let mut done = None;
+        if self.run_to_halt(halt)? {
+            let mut word = [0; 8];
+            let returned = self.door.table + (of * RECORD) as u64;
+            if self.door.memory.read(returned, &mut word).is_ok() {
+                done = Some(work(i64::from_le_bytes(word)));
+            }
+            self.arrive()?;
+        }
+        Ok((self.results(batch)?, done))
+    }
+
+    /// Puts the table into place; the registers to begin with.
+    fn lay_out(&mut self, batch: &Batch) -> Result<Regs> {
         let Door {
             table,
             table_len,
@@ -265,16 +304,18 @@ impl<'d> Visit<'d> {
             });
         }
         memory.write(table, &batch.encode(table))?;
-        let end = table + (batch.len() * RECORD) as u64;
-        let regs = Regs {
+        Ok(Regs {
             rip: code,
             r15: table,
-            r14: end,
+            r14: table + (batch.len() * RECORD) as u64,
             r12: 0,
             orig_rax: u64::MAX,
             ..self.regs
-        };
-        self.go(&regs)?;
+        })
+    }
+
+    fn results(&self, batch: &Batch) -> Result<Results> {
+        let Door { table, memory, .. } = *self.door;
         let ran = ((ptrace::regs(self.tid)?.r15 - table) as usize) / RECORD;
         let mut bytes = vec![0; batch.size()];
         memory.read(table, &mut bytes)?;
@@ -324,15 +365,44 @@ impl<'d> Visit<'d> {
 
     /// Runs from the given registers to the marker.
     fn go(&mut self, regs: &Regs) -> Result<()> {
+        self.set_off(regs)?;
+        self.arrive()
+    }
+
+    fn set_off(&mut self, regs: &Regs) -> Result<()> {
         self.home = false;
         ptrace::set_regs(self.tid, regs)?;
         let marker = self.door.marker;
         let open = if marker == 0 { 0 } else { 1 << (marker - 1) };
-        ptrace::set_sigmask(self.tid, !open)?;
-        if marker == 0 {
-            self.step_to_marker()
-        } else {
-            self.run_to_marker(marker)
+        ptrace::set_sigmask(self.tid, !open)
+    }
+
+    fn arrive(&mut self) -> Result<()> {
+        match self.door.marker {
+            0 => self.step_to_marker(),
+            marker => self.run_to_marker(marker),
+        }
+    }
+
+    /// False when the batch ended before it: then it has arrived.
+    fn run_to_halt(&mut self, halt: usize) -> Result<bool> {
+        let marker = self.door.marker;
+        let record = self.door.table + (halt * RECORD) as u64;
+        loop {
+            let stopped = if marker == 0 {
+                ptrace::cont_to_syscall(self.tid, 0)?;
+                let (signal, event) = self.stop()?;
+                event == 0 && signal & 0x7f == libc::SIGTRAP && self.call_returned()?
+            } else {
+                ptrace::cont(self.tid, 0)?;
+                self.stop()? == (marker, 0)
+            };
+            if stopped && self.at_marker()? {
+                return Ok(false);
+            }
+            if stopped && ptrace::regs(self.tid)?.r15 == record {
+                return Ok(true);
+            }
         }
     }
 
