@@ -82,6 +82,9 @@ static long do_epoll_timeout(struct call *c) {
 static long do_eventfd(struct call *c) { uint64_t v = 0; long r = read(c->fds[0], &v, 8); return r == 8 ? (long)v : r; }
 static void poke_eventfd(struct call *c) { uint64_t v = 5; MUST(write(c->fds[0], &v, 8)); }
 static long do_recv(struct call *c) { char b[8]; return recv(c->fds[0], b, sizeof b, 0); }
+/* With SO_RCVTIMEO a stop ends these calls with EINTR (signal(7)). */
+static long do_recv_timeout(struct call *c) { return do_recv(c); }
+static long do_read_timeout(struct call *c) { return do_read(c); }
 static long do_recvmsg(struct call *c) {
     char b[8];
     struct iovec v = {b, sizeof b};
@@ -93,6 +96,7 @@ static long do_accept(struct call *c) {
     if (fd >= 0) close(fd);
     return fd >= 0 ? 1 : -1;
 }
+static long do_accept_timeout(struct call *c) { return do_accept(c); }
 static void poke_accept(struct call *c) {
     struct sockaddr_un a;
     socklen_t n = sizeof a;
@@ -184,6 +188,9 @@ static struct call calls[] = {
     {.name = "recv", .wait = do_recv, .poke = byte, .expected = 1},
     {.name = "recvmsg", .wait = do_recvmsg, .poke = byte, .expected = 1},
     {.name = "accept", .wait = do_accept, .poke = poke_accept, .expected = 1},
+    {.name = "recv(SO_RCVTIMEO)", .wait = do_recv_timeout, .poke = byte, .expected = 1},
+    {.name = "read(SO_RCVTIMEO)", .wait = do_read_timeout, .poke = byte, .expected = 1},
+    {.name = "accept(SO_RCVTIMEO)", .wait = do_accept_timeout, .poke = poke_accept, .expected = 1},
     {.name = "futex", .wait = do_futex, .poke = poke_futex, .expected = 0},
     {.name = "futex(timeout)", .wait = do_futex_timeout, .poke = poke_futex, .expected = 0},
     {.name = "futex(absolute)", .wait = do_futex_absolute, .poke = poke_futex, .expected = 0},
@@ -231,12 +238,13 @@ static void prepare(struct call *c) {
     if (c->wait == do_write) {
         fill_pipe(c);
         c->poke = poke_full;
-    } else if (c->wait == do_recv || c->wait == do_recvmsg) {
-        MUST(socketpair(AF_UNIX, c->wait == do_recv ? SOCK_STREAM : SOCK_SEQPACKET, 0, c->fds));
+    } else if (c->wait == do_recv || c->wait == do_recvmsg || c->wait == do_recv_timeout || c->wait == do_read_timeout) {
+        MUST(socketpair(AF_UNIX, c->wait != do_recvmsg ? SOCK_STREAM : SOCK_SEQPACKET, 0, c->fds));
     } else if (c->wait == do_eventfd) {
         c->fds[0] = MUST(eventfd(0, 0));
-    } else if (c->wait == do_accept) {
-        struct sockaddr_un a = {.sun_family = AF_UNIX, .sun_path = "/wl/blocked.sock"};
+    } else if (c->wait == do_accept || c->wait == do_accept_timeout) {
+        struct sockaddr_un a = {.sun_family = AF_UNIX};
+        sprintf(a.sun_path, "/wl/blocked%zu.sock", (size_t)(c - calls));
         unlink(a.sun_path);
         c->fds[0] = MUST(socket(AF_UNIX, SOCK_STREAM, 0));
         MUST(bind(c->fds[0], (void *)&a, sizeof a));
@@ -246,6 +254,8 @@ static void prepare(struct call *c) {
     } else {
         MUST(pipe(c->fds));
     }
+    struct timeval day = {86400, 0};
+    if (strstr(c->name, "SO_RCVTIMEO")) MUST(setsockopt(c->fds[0], SOL_SOCKET, SO_RCVTIMEO, &day, sizeof day));
     if (c->wait == do_epoll_wait || c->wait == do_epoll_timeout) {
         c->word = MUST(epoll_create1(0));
         struct epoll_event e = {.events = EPOLLIN};

@@ -9,6 +9,7 @@ mod descriptors;
 mod late;
 mod missing;
 mod objects;
+mod orphans;
 mod process;
 mod thread;
 mod tree;

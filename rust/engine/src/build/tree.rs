@@ -11,7 +11,7 @@ use crate::error::{About, Error, Result};
 use crate::model::{Inventory, Process};
 
 /// `struct clone_args` (clone3(2)) up to set_tid_size.
-fn clone3(batch: &mut Batch, what: String, flags: u64, exit_signal: i32, tid: i32) {
+pub(super) fn clone3(batch: &mut Batch, what: String, flags: u64, exit_signal: i32, tid: i32) {
     let wanted = batch.data(&tid.to_le_bytes());
     let words = [flags, 0, 0, 0, exit_signal as u64, 0, 0, 0, 0, 1, 0];
     let bytes: Vec<u8> = words.iter().flat_map(|w| w.to_le_bytes()).collect();
@@ -33,27 +33,33 @@ const THREAD: i32 = libc::CLONE_VM
 enum Birth {
     BeforeSetsid,
     AfterSetsid,
+    /// It was not its child then.
+    Elsewhere,
 }
 
-fn birth(parent: &Process, parent_born_in: i32, child: &Process) -> Result<Birth> {
+fn birth(parent: &Process, parent_born_in: i32, child: &Process) -> Birth {
     if child.sid == child.pid || child.sid == parent.sid {
-        return Ok(Birth::AfterSetsid);
+        return Birth::AfterSetsid;
     }
     if child.sid == parent_born_in {
-        return Ok(Birth::BeforeSetsid);
+        return Birth::BeforeSetsid;
     }
-    let why = format!(
-        "its session {} has lost its leader, which is not carried yet",
-        child.sid
-    );
-    Err(Error::unsupported(child.pid, "session", why, ""))
+    Birth::Elsewhere
 }
 
 impl Skeleton {
     /// Makes all processes, their groups, and lets those end that were zombies.
     pub(super) fn grow(&mut self, inventory: &Inventory) -> Result<()> {
         let root = &inventory.processes[0];
-        self.children(inventory, root, root.sid)?;
+        let mut orphans = Vec::new();
+        self.children(inventory, root, root.sid, &mut orphans)?;
+        // Those that are found under an orphan come later.
+        let mut at = 0;
+        while let Some(&orphan) = orphans.get(at) {
+            self.orphan(inventory, orphan)?;
+            self.children(inventory, orphan, orphan.sid, &mut orphans)?;
+            at += 1;
+        }
         self.groups(inventory)?;
         for process in inventory.processes.iter().filter(|p| p.zombie.is_some()) {
             self.end_zombie(process)?;
@@ -61,8 +67,15 @@ impl Skeleton {
         Ok(())
     }
 
-    fn children(&mut self, inventory: &Inventory, parent: &Process, born_in: i32) -> Result<()> {
-        let children: Vec<&Process> = inventory
+    fn children<'i>(
+        &mut self,
+        inventory: &'i Inventory,
+        parent: &Process,
+        born_in: i32,
+        orphans: &mut Vec<&'i Process>,
+    ) -> Result<()> {
+        self.adopt(parent)?;
+        let children: Vec<&'i Process> = inventory
             .processes
             .iter()
             .skip(1)
@@ -71,9 +84,10 @@ impl Skeleton {
         let mut early = Vec::new();
         let mut late = Vec::new();
         for child in children {
-            match birth(parent, born_in, child)? {
+            match birth(parent, born_in, child) {
                 Birth::BeforeSetsid => early.push(child),
                 Birth::AfterSetsid => late.push(child),
+                Birth::Elsewhere => orphans.push(child),
             }
         }
         let mut batch = Batch::new();
@@ -99,15 +113,15 @@ impl Skeleton {
             self.sites.insert(child.pid, site);
         }
         for child in early.iter() {
-            self.children(inventory, child, born_in)?;
+            self.children(inventory, child, born_in, orphans)?;
         }
         for child in late.iter() {
-            self.children(inventory, child, parent.sid)?;
+            self.children(inventory, child, parent.sid, orphans)?;
         }
         Ok(())
     }
 
-    fn run_births(&self, pid: i32, batch: &Batch) -> Result<Vec<Pid>> {
+    pub(super) fn run_births(&self, pid: i32, batch: &Batch) -> Result<Vec<Pid>> {
         let mut born = Vec::new();
         if !batch.is_empty() {
             let site = self.site(pid)?;
@@ -130,7 +144,9 @@ impl Skeleton {
         }
         let mut helpers = Vec::new();
         for process in inventory.processes.iter().filter(|p| p.pgid != p.pid && p.sid != p.pid) {
-            let known = sessions.contains_key(&process.pgid) || helpers.iter().any(|(g, _, _)| *g == process.pgid);
+            let known = process.pgid == process.sid
+                || sessions.contains_key(&process.pgid)
+                || helpers.iter().any(|(g, _, _)| *g == process.pgid);
             if !known {
                 helpers.push(self.stand_in(process)?);
             }
@@ -153,27 +169,15 @@ impl Skeleton {
     }
 
     fn stand_in(&mut self, member: &Process) -> Result<(i32, i32, Site)> {
-        let mut batch = Batch::new();
-        clone3(
-            &mut batch,
-            format!("clone3 of group leader {}", member.pgid),
-            0,
-            0,
-            member.pgid,
-        );
-        let born = self.run_births(member.pid, &batch)?;
-        let tid = born
-            .first()
-            .copied()
-            .ok_or_else(|| Error::nonsense("a helper was not born"))?;
-        let site = Site::cloned(tid, self.place).about(tid, "helper")?;
+        let site = self.helper(member.pgid, member.pid)?;
+        let tid = site.tid();
         let mut batch = Batch::new();
         batch.must("setpgid", libc::SYS_setpgid, [0.into(), 0.into()]);
         site.run(&batch).about(tid, "helper")?;
         Ok((member.pgid, member.pid, site))
     }
 
-    fn end_helper(&self, group: i32, parent: i32, helper: &Site) -> Result<()> {
+    pub(super) fn end_helper(&self, group: i32, parent: i32, helper: &Site) -> Result<()> {
         fork::kill(helper.tid(), 9).about(group, "helper")?;
         wait_end(helper.tid())?;
         let mut batch = Batch::new();

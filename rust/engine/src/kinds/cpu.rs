@@ -112,8 +112,12 @@ fn rseq_abort(memory: &Memory, rseq: Rseq, rip: u64) -> Option<u64> {
 
 mod libc_nr {
     /// semop, msgsnd, msgrcv, rt_sigtimedwait, io_getevents, semtimedop, epoll_wait, epoll_pwait, io_pgetevents,
-    /// epoll_pwait2 (arch/x86/entry/syscalls/syscall_64.tbl).
-    pub const ENDED_BY_STOPS: [i64; 10] = [65, 69, 70, 128, 208, 220, 232, 281, 333, 441];
+    /// epoll_pwait2; and on a socket with SO_RCVTIMEO or SO_SNDTIMEO, when nothing was transferred yet: read, write,
+    /// readv, writev, connect, accept, sendto, recvfrom, sendmsg, recvmsg, accept4, recvmmsg, sendmmsg
+    /// (arch/x86/entry/syscalls/syscall_64.tbl).
+    pub const ENDED_BY_STOPS: [i64; 23] = [
+        65, 69, 70, 128, 208, 220, 232, 281, 333, 441, 0, 1, 19, 20, 42, 43, 44, 45, 46, 47, 288, 299, 307,
+    ];
 }
 
 /// The registers as numbers.
