@@ -21,7 +21,7 @@ use torpor_sys::{Pid, fork, pidfd, proc};
 use crate::build::Skeleton;
 use crate::collect::Collected;
 use crate::error::{About, Error, Result};
-use crate::kinds::memory::Area;
+use crate::kinds::memory::{Area, Source};
 use crate::model::Inventory;
 use crate::twin;
 
@@ -121,13 +121,14 @@ impl Tracking {
         let Some(space) = self.spaces.iter().find(|s| s.pid == pid) else {
             return Ok(None);
         };
-        let pages = Pagemap::open(pid).about(pid, "pagemap")?;
+        let mut pages = Pagemap::open(pid).about(pid, "pagemap")?;
         let mut known = Known {
             number: space.number,
             ..Known::default()
         };
         for area in areas.iter().filter(|a| a.is_private()) {
             let (start, end) = (area.start, area.end);
+            pages.only_anonymous(area.source == Source::Nothing);
             pages
                 .unchanged(start, end, &mut known.unchanged)
                 .about(pid, "pagemap")?;
@@ -279,9 +280,10 @@ fn arm_one(pid: Pid, existing: Option<Watch>, areas: &[Area]) -> Result<Watch> {
 
 /// Protects all pages that hold data. False when the address space of the watch is gone.
 fn protect(pid: Pid, watch: &Watch, areas: &[Area]) -> Result<bool> {
-    let pages = Pagemap::open(pid).about(pid, "pagemap")?;
+    let mut pages = Pagemap::open(pid).about(pid, "pagemap")?;
     let mut changed = Vec::new();
     for area in areas.iter().filter(|a| a.is_private()) {
+        pages.only_anonymous(area.source == Source::Nothing);
         let registered = watch.register(area.start, area.end - area.start);
         match registered.about(pid, "userfaultfd")? {
             Registered::Yes => pages
