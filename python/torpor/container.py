@@ -322,6 +322,8 @@ class Container:
         parent_path: str = "",
         pre_dump: bool = False,
         track: bool = False,
+        tcp_established: bool = False,
+        tcp_skip_in_flight: bool = False,
     ) -> Checkpoint:
         """Write the container into `image_path`/checkpoint.img and stop it, or with `leave_running` let it go on.
 
@@ -334,6 +336,10 @@ class Container:
         note from now on what the container writes to, so that the next checkpoint with this one as parent finds what
         changed without reading the rest; without it all memory is read and compared. `pre_dump` writes memory only, to
         be a parent, lets the container go on, and tracks.
+
+        TCP connections inside the container are always carried. Those that lead out of it are closed in the image (the
+        program reads ECONNRESET), or kept with `tcp_established`: the peer hears nothing until the restore. Those that
+        nobody has accepted yet are a reason to refuse, unless `tcp_skip_in_flight` leaves them out.
 
         The directory is made when it is missing. Whatever goes wrong, the container runs on as before and no file is
         left.
@@ -372,6 +378,8 @@ class Container:
                 "pre_dump": pre_dump,
                 "track": track or pre_dump,
                 "tracker": home.file(tracker.NOTE),
+                "tcp_established": tcp_established,
+                "tcp_skip_in_flight": tcp_skip_in_flight,
                 "spec": self.spec(),
                 "container": {"id": self.id, "flags": state.flags},
             }

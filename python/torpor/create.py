@@ -26,15 +26,24 @@ if TYPE_CHECKING:
 
 
 class Filling:
-    """How a restore brings memory."""
+    """How a restore brings memory, and what it leaves out."""
 
-    __slots__ = ("background", "record_working_set", "track")
+    __slots__ = ("background", "record_working_set", "tcp_close", "track")
 
-    def __init__(self, *, background: bool = False, record_working_set: bool = False, track: bool = False) -> None:
+    def __init__(
+        self,
+        *,
+        background: bool = False,
+        record_working_set: bool = False,
+        track: bool = False,
+        tcp_close: bool = False,
+    ) -> None:
         # The program runs before its memory is there.
         self.background = background
         # What it touches first is noted beside the image, and brought first by the next one.
         self.record_working_set = record_working_set
+        # TCP connections that lead out of the container are closed.
+        self.tcp_close = tcp_close
         # What it writes to from then on is noted, for an incremental checkpoint.
         self.track = track
         if track and background:
@@ -206,6 +215,7 @@ def _fill(
         "orphan": ruins.orphan_command(home, state),
         "background": filling.background,
         "record_working_set": filling.record_working_set,
+        "tcp_close": filling.tcp_close,
         "pager_report": home.file(pager.REPORT),
         "track": filling.track,
         "tracker": home.file(tracker.NOTE),

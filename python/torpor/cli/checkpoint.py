@@ -40,8 +40,8 @@ FLAGS = (
     Flag("work-path", TEXT, "directory for dump.log"),
     Flag("compression", TEXT, "none", default="none"),
     # Each of these permits something. What cannot be carried is refused by name, with or without them.
-    Flag("tcp-established", BOOL, PERMISSION),
-    Flag("tcp-skip-in-flight", BOOL, PERMISSION),
+    Flag("tcp-established", BOOL, "keep TCP connections that lead out of the container; else they are closed"),
+    Flag("tcp-skip-in-flight", BOOL, "leave out TCP connections that nobody has accepted yet"),
     Flag("link-remap", BOOL, PERMISSION),
     Flag("ext-unix-sk", BOOL, PERMISSION),
     Flag("shell-job", BOOL, PERMISSION),
@@ -89,6 +89,8 @@ def execute(config: Config, flags: Parsed) -> int:
             parent_path=flags.text("parent-path"),
             pre_dump=flags.on("pre-dump"),
             track=flags.on("track"),
+            tcp_established=flags.on("tcp-established"),
+            tcp_skip_in_flight=flags.on("tcp-skip-in-flight"),
         )
         if old:
             _replace(saved.path, path)

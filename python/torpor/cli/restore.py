@@ -39,8 +39,8 @@ FLAGS = (
     Flag("track", BOOL, "note what is written to from now on, for a checkpoint with --parent-path"),
     Flag("parent-path", TEXT, "accepted; an image knows its parent"),
     Flag("direct", BOOL, "accepted; torpor chooses how to do its I/O"),
-    Flag("tcp-established", BOOL, PERMISSION),
-    Flag("tcp-close", BOOL, PERMISSION),
+    Flag("tcp-established", BOOL, "accepted; connections that the image keeps come back"),
+    Flag("tcp-close", BOOL, "close TCP connections that lead out of the container"),
     Flag("ext-unix-sk", BOOL, PERMISSION),
     Flag("shell-job", BOOL, PERMISSION),
     Flag("file-locks", BOOL, PERMISSION),
@@ -115,6 +115,7 @@ def _filling(flags: Parsed) -> create.Filling:
         background=flags.on("background"),
         record_working_set=flags.on("record-working-set"),
         track=flags.on("track"),
+        tcp_close=flags.on("tcp-close"),
     )
 
 

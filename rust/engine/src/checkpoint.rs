@@ -12,6 +12,7 @@ use crate::base::{Base, MEMORY, Spaces};
 use crate::capture::Captured;
 use crate::collect::Collected;
 use crate::error::{Error, Result};
+use crate::kinds::inet::connection::Policy;
 use crate::stage::{Cancel, Run, Stage, Timing};
 use crate::track::{Tracker, Tracking};
 use crate::{capture, collect, freeze, huge, twin};
@@ -26,6 +27,12 @@ pub struct Request {
     /// Whether the container goes on.
     #[serde(default)]
     pub leave_running: bool,
+    /// Connections to the outside are kept; else they are closed in the image.
+    #[serde(default)]
+    pub tcp_established: bool,
+    /// Connections that nobody accepted may be left out.
+    #[serde(default)]
+    pub tcp_skip_in_flight: bool,
     /// How memory is captured: "stop" or "background"; by default in the background when the container goes on.
     #[serde(default)]
     pub capture: Option<Capture>,
@@ -60,6 +67,14 @@ pub enum Capture {
 }
 
 impl Request {
+    fn policy(&self) -> Policy {
+        Policy {
+            keep: self.tcp_established,
+            ends: !self.leave_running && !self.pre_dump,
+            skip_waiting: self.tcp_skip_in_flight,
+        }
+    }
+
     /// A container that is to end, or that is paused, has nothing to gain from running on; and little is copied before
     /// a twin is made.
     fn mode(&self, paused: bool, little: bool) -> Capture {
@@ -144,10 +159,17 @@ fn attempt(request: &Request, in_advance: bool, cancel: &Cancel) -> Result<Optio
         advance = Advance::default();
     }
     let mut collected = run.stage(Stage::Collect, || {
-        collect::collect(&frozen, advance, &tracking, request.pre_dump, &mut |bytes| {
-            cancel.check()?;
-            Ok(writer.append_blob(bytes)?)
-        })
+        collect::collect(
+            &frozen,
+            advance,
+            &tracking,
+            request.pre_dump,
+            request.policy(),
+            &mut |bytes| {
+                cancel.check()?;
+                Ok(writer.append_blob(bytes)?)
+            },
+        )
     })?;
     let since = frozen.since;
     let mut pause = Duration::ZERO;
@@ -216,6 +238,9 @@ fn attempt(request: &Request, in_advance: bool, cancel: &Cancel) -> Result<Optio
     let committed = run.stage(Stage::Finish, || Ok(committed?.commit()?))?;
     if let Some(frozen) = frozen {
         frozen.kill(request.pid)?;
+        if let Some(hold) = collected.hold.take() {
+            hold.bury();
+        }
         pause = since.elapsed();
     }
     let mut warnings = collected.inventory.warnings.clone();

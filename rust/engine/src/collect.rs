@@ -16,6 +16,7 @@ use torpor_sys::{Pid, kcmp};
 use crate::advance::Advance;
 use crate::error::{About, Error, Result};
 use crate::freeze::{Frozen, FrozenProcess};
+use crate::kinds::inet::{Hold, connection::Policy};
 use crate::kinds::{
     clocks, console, cpu, creds, files, fs, ipc, memory, mounts, paths, posix_timers, restart, seccomp, settings,
     signals, tasks, timers, tmpfs, vdso,
@@ -50,6 +51,8 @@ pub struct Collected {
     pub sources: Vec<Source>,
     /// Shared objects, open for reading, in the order of the inventory.
     pub shared: Vec<std::os::fd::OwnedFd>,
+    /// What keeps the peers of TCP connections waiting.
+    pub hold: Option<Hold>,
 }
 
 /// Names of processes: ours and the container's.
@@ -83,6 +86,7 @@ pub fn collect(
     mut advance: Advance,
     tracking: &Tracking,
     memory_only: bool,
+    policy: Policy,
     blob: &mut dyn FnMut(&[u8]) -> Result<BlobRef>,
 ) -> Result<Collected> {
     let init = frozen
@@ -158,12 +162,15 @@ pub fn collect(
         tasks: &tasks,
         tables: &mut tables,
         pipes: Vec::new(),
+        policy,
+        hold: None,
         console: None,
         blob,
         warnings: Vec::new(),
     };
     inventory.descriptions = files::collect(&survey, &fd_tables, &mut naming)?;
     inventory.objects.pipes = naming.pipes;
+    let hold = naming.hold;
     inventory.warnings.append(&mut naming.warnings);
     if let Some(fd) = &naming.console {
         inventory.console = Some(console::collect(init, fd, |pid| names.inner(pid))?);
@@ -180,6 +187,7 @@ pub fn collect(
         inventory,
         sources,
         shared: tables.shared.sources,
+        hold,
     })
 }
 

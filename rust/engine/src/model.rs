@@ -107,4 +107,15 @@ impl Inventory {
             .map(|b| b.threads.len())
             .sum()
     }
+
+    /// Closes every TCP connection that leads out of the container.
+    pub fn close_outside(&mut self) {
+        for description in &mut self.descriptions {
+            if let kinds::files::Object::Inet(state) = &mut description.object
+                && state.close_outside()
+            {
+                self.warnings.extend(state.warning());
+            }
+        }
+    }
 }

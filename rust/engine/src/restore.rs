@@ -41,6 +41,9 @@ pub struct Request {
     /// Where a tracker leaves its note.
     #[serde(default)]
     pub tracker: PathBuf,
+    /// Connections to the outside are closed, also those that the image keeps.
+    #[serde(default)]
+    pub tcp_close: bool,
     /// The new container's config.json: what it grants at most.
     #[serde(default)]
     pub spec: Value,
@@ -101,6 +104,9 @@ pub fn restore(request: &Request, cancel: &Cancel, on_loaded: &mut dyn FnMut() -
         let mut inventory: Inventory = image.section("metadata")?;
         if let Some(filter) = &request.filter {
             seccomp::impose(&mut inventory, filter)?;
+        }
+        if request.tcp_close {
+            inventory.close_outside();
         }
         plan::plan(&inventory, request.pid, &bounds)?;
         plan::lower(&mut inventory, request.pid, &bounds)?;

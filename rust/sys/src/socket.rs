@@ -5,6 +5,9 @@
 
 pub mod diag;
 pub mod options;
+pub mod segment;
+pub mod stall;
+pub mod tcp;
 
 use std::ffi::OsStr;
 use std::net::{IpAddr, SocketAddr, SocketAddrV4, SocketAddrV6};
@@ -130,6 +133,26 @@ pub fn connect(socket: impl AsFd, to: Option<&Address>) -> Result<()> {
     // SAFETY: an address and its length.
     let ret = unsafe { libc::connect(raw(&socket), bytes.as_ptr().cast(), bytes.len() as u32) };
     check(ret.into(), "connect", to.map(Address::to_string).unwrap_or_default()).map(drop)
+}
+
+/// connect(2) that does not wait for the answer.
+pub fn connect_later(socket: impl AsFd, to: &Address) -> Result<()> {
+    let flags = fd::fcntl(&socket, libc::F_GETFL, 0)?;
+    fd::fcntl(&socket, libc::F_SETFL, i64::from(flags | libc::O_NONBLOCK))?;
+    let called = connect(&socket, Some(to));
+    fd::fcntl(&socket, libc::F_SETFL, flags.into())?;
+    match called {
+        Err(e) if e.errno() == Some(Errno::EINPROGRESS) => Ok(()),
+        other => other,
+    }
+}
+
+/// accept(2), close-on-exec.
+pub fn accept_next(socket: impl AsFd) -> Result<OwnedFd> {
+    let none = std::ptr::null_mut();
+    // SAFETY: no room for an address is given.
+    let fd = unsafe { libc::accept4(raw(&socket), none, none.cast(), libc::SOCK_CLOEXEC) };
+    owned(fd, "accept", raw(&socket))
 }
 
 /// listen(2).
@@ -365,6 +388,22 @@ pub fn join(socket: impl AsFd, index: u32, address: IpAddr) -> Result<()> {
         &group(index, address),
         "MCAST_JOIN_GROUP",
     )
+}
+
+/// Brings the loopback device of this network namespace up.
+pub fn raise_loopback() -> Result<()> {
+    let socket = create(libc::AF_INET, libc::SOCK_DGRAM, 0)?;
+    // A struct ifreq has 40 bytes: a name of 16, then the flags.
+    let mut request = [0u8; 40];
+    request[..2].copy_from_slice(b"lo");
+    // SAFETY: room for the struct.
+    let ret = unsafe { libc::ioctl(raw(&socket), libc::SIOCGIFFLAGS, request.as_mut_ptr()) };
+    check(ret.into(), "SIOCGIFFLAGS", "lo")?;
+    let flags = u16::from_ne_bytes([request[16], request[17]]) | libc::IFF_UP as u16;
+    request[16..18].copy_from_slice(&flags.to_ne_bytes());
+    // SAFETY: a struct ifreq.
+    let ret = unsafe { libc::ioctl(raw(&socket), libc::SIOCSIFFLAGS, request.as_ptr()) };
+    check(ret.into(), "SIOCSIFFLAGS", "lo").map(drop)
 }
 
 /// Where the file of a unix socket is to be.

@@ -297,7 +297,7 @@ impl Sockets {
         let inet = if inet_states.is_empty() {
             Vec::new()
         } else {
-            inet::rebuild(skeleton.init, &inet_states)?
+            inet::rebuild(skeleton.init, &inet_states, &blob)?
         };
         Ok(Sockets {
             unix: unix.into_iter(),

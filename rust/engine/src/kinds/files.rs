@@ -193,6 +193,19 @@ impl Survey {
         self.locks.remove(&pid).unwrap_or_default()
     }
 
+    /// TCP sockets.
+    fn streams(&self) -> Vec<inet::connection::Candidate<'_>> {
+        let of = |f: &&Found| f.id.kind() == libc::S_IFSOCK && inet::is_tcp(&f.fd);
+        let all = self.found.iter().filter(of);
+        all.map(|f| inet::connection::Candidate {
+            pid: f.holder,
+            number: f.number,
+            ino: f.id.ino,
+            fd: &f.fd,
+        })
+        .collect()
+    }
+
     fn sockets(&self) -> std::collections::BTreeSet<u64> {
         self.found
             .iter()
@@ -211,6 +224,10 @@ pub struct Naming<'a, 'v> {
     pub tasks: &'a Tasks,
     /// Paths and shared objects.
     pub tables: &'a mut memory::Tables<'v>,
+    /// What becomes of TCP connections to the outside.
+    pub policy: inet::connection::Policy,
+    /// What keeps the peers of connections waiting that are saved.
+    pub hold: Option<inet::Hold>,
     /// Pipes found so far.
     pub pipes: Vec<pipe::State>,
     /// The console, once it is found.
@@ -233,12 +250,20 @@ pub fn collect(
     } else {
         Some(unix::survey(naming.init)?)
     };
+    let connections = inet::connection::survey(naming.init, &survey.streams(), naming.policy)?;
     let mut all = Vec::new();
     for index in 0..survey.found.len() {
         let found = &survey.found[index];
         let object = match outside(survey, found, naming)? {
             true => None,
-            false => object(survey, tables, found, unix.as_ref(), &sockets, naming)?,
+            false => {
+                let known = Sockets {
+                    unix: unix.as_ref(),
+                    inside: &sockets,
+                    connections: &connections,
+                };
+                object(survey, tables, found, &known, naming)?
+            }
         };
         let object = match object {
             Some(object) => object,
@@ -258,7 +283,15 @@ pub fn collect(
         }
         all.push(description);
     }
+    naming.hold = connections.into_hold();
     Ok(all)
+}
+
+/// What is known of all sockets before one is looked at.
+struct Sockets<'a> {
+    unix: Option<&'a unix::Survey>,
+    inside: &'a std::collections::BTreeSet<u64>,
+    connections: &'a inet::connection::Survey,
 }
 
 /// All who have a description, each once.
@@ -395,15 +428,14 @@ fn object(
     survey: &Survey,
     tables: &[(Pid, Vec<Descriptor>)],
     found: &Found,
-    unix: Option<&unix::Survey>,
-    sockets: &std::collections::BTreeSet<u64>,
+    known: &Sockets<'_>,
     naming: &mut Naming<'_, '_>,
 ) -> Result<Option<Object>> {
     let (pid, number) = (found.holder, found.number);
     match found.id.kind() {
         libc::S_IFREG | libc::S_IFDIR | libc::S_IFCHR | libc::S_IFBLK => path(found, naming).map(Some),
         libc::S_IFIFO => pipe_end(survey, found, naming).map(Some),
-        libc::S_IFSOCK => socket(found, unix, sockets, naming),
+        libc::S_IFSOCK => socket(found, known, naming),
         _ if found.link == "anon_inode:[eventfd]" => {
             Ok(Some(Object::Eventfd(eventfd::collect(pid, number, &found.info)?)))
         }
@@ -446,28 +478,23 @@ fn object(
 }
 
 /// A socket; `None` when it is connected to one outside.
-fn socket(
-    found: &Found,
-    unix: Option<&unix::Survey>,
-    inside: &std::collections::BTreeSet<u64>,
-    naming: &mut Naming<'_, '_>,
-) -> Result<Option<Object>> {
+fn socket(found: &Found, known: &Sockets<'_>, naming: &mut Naming<'_, '_>) -> Result<Option<Object>> {
     let (pid, number) = (found.holder, found.number);
     match fd::socket_domain(&found.fd).about(pid, format!("fd {number}"))? {
         libc::AF_INET | libc::AF_INET6 => {
-            let state = inet::collect(pid, number, &found.fd)?;
+            let state = inet::collect(pid, number, &found.fd, known.connections, naming.blob)?;
             naming.warnings.extend(state.warning());
             Ok(Some(Object::Inet(Box::new(state))))
         }
         libc::AF_UNIX => {
-            let Some(survey) = unix else { return Ok(None) };
-            match unix::collect(pid, number, &found.fd, found.id.ino, survey, inside, naming.blob)? {
+            let Some(survey) = known.unix else { return Ok(None) };
+            match unix::collect(pid, number, &found.fd, found.id.ino, survey, known.inside, naming.blob)? {
                 unix::Found::Inside(state) => Ok(Some(Object::Unix(state))),
                 unix::Found::Outside => Ok(None),
             }
         }
         // Refused by name.
-        _ => inet::collect(pid, number, &found.fd).map(|_| None),
+        _ => inet::collect(pid, number, &found.fd, known.connections, naming.blob).map(|_| None),
     }
 }
 

@@ -300,6 +300,22 @@ pub fn narrow(socket: &impl AsFd, (size, locks): (i32, i32)) -> Result<()> {
     set_int(socket, SO_BUF_LOCK, locks, "SO_BUF_LOCK")
 }
 
+/// Sets the sizes of both buffers (send, receive), as getsockopt(2) shows them, beyond all limits.
+pub fn force_buffers(socket: &impl AsFd, (send, receive): (i32, i32)) -> Result<()> {
+    set_int(socket, libc::SO_SNDBUFFORCE, send / 2, "SO_SNDBUFFORCE")?;
+    set_int(socket, libc::SO_RCVBUFFORCE, receive / 2, "SO_RCVBUFFORCE")
+}
+
+/// Which buffers have a size that the program has set; the kernel lets others grow.
+pub fn buffer_locks(socket: &impl AsFd) -> Result<i32> {
+    int(socket, SO_BUF_LOCK)
+}
+
+/// Sets what [`buffer_locks`] reads.
+pub fn set_buffer_locks(socket: &impl AsFd, locks: i32) -> Result<()> {
+    set_int(socket, SO_BUF_LOCK, locks, "SO_BUF_LOCK")
+}
+
 fn int_at(bytes: &[u8], at: usize) -> i64 {
     bytes
         .get(at..)

@@ -1,0 +1,206 @@
+"""TCP connections that lead out of the container: kept, closed, and never harmed."""
+
+import socket
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from support import bundles, procs
+from support.cli import Container, Torpor, new_id
+
+pytestmark = [pytest.mark.requires("root", "command:ip", "command:python3.11"), pytest.mark.timeout(120)]
+
+# Answers each line with its number, in order; on an error writes what it is.
+SERVER = """
+import socket, sys
+l = socket.create_server(("10.99.7.2", 7777)); print("READY", flush=True)
+s, _ = l.accept(); f = s.makefile("rwb"); n = 0
+try:
+    for line in f:
+        assert int(line) == n, (line, n)
+        f.write(line); f.flush(); n += 1
+except OSError as e:
+    print("GOT", type(e).__name__, flush=True)
+import time; time.sleep(1000)
+"""
+
+
+class Net:
+    """Two network namespaces, joined by a cable that can be plugged into another one with the same address."""
+
+    def __init__(self, name: str) -> None:
+        self.peer = f"{name}p"
+        self.names = [f"{name}a", f"{name}b"]
+        run = self._ip
+        run("netns", "add", self.peer)
+        run("-n", self.peer, "link", "add", "br0", "type", "bridge")
+        run("-n", self.peer, "link", "set", "br0", "up")
+        run("-n", self.peer, "addr", "add", "10.99.7.1/24", "dev", "br0")
+        for n in self.names:
+            run("netns", "add", n)
+
+    def _ip(self, *words: str) -> None:
+        subprocess.run(["ip", *words], check=True, capture_output=True)
+
+    def plug(self, which: int) -> None:
+        """The address is here from now on, and the peer reaches it."""
+        self.place(which)
+        self.join()
+
+    def join(self) -> None:
+        self._ip("-n", self.peer, "link", "set", "port", "master", "br0")
+
+    def place(self, which: int) -> None:
+        """The address is here from now on. Until the cable is in the bridge, nothing that comes for a connection that
+        is not there yet is answered with a reset."""
+        name = self.names[which]
+        self._ip("-n", self.peer, "link", "add", "port", "type", "veth", "peer", "name", "eth0", "netns", name)
+        self._ip("-n", self.peer, "link", "set", "port", "up")
+        self._ip("-n", name, "link", "set", "lo", "up")
+        self._ip("-n", name, "link", "set", "eth0", "address", "02:00:00:00:07:02", "up")
+        self._ip("-n", name, "addr", "add", "10.99.7.2/24", "dev", "eth0")
+
+    def unplug(self) -> None:
+        self._ip("-n", self.peer, "link", "del", "port")
+
+    def connect(self) -> socket.socket:
+        """A socket of the peer's namespace."""
+        made: list[socket.socket] = []
+
+        def inside() -> None:
+            import ctypes
+            import os
+
+            fd = os.open(f"/run/netns/{self.peer}", os.O_RDONLY)
+            assert ctypes.CDLL(None).setns(fd, 0) == 0
+            os.close(fd)
+            made.append(socket.create_connection(("10.99.7.2", 7777), timeout=10))
+
+        thread = threading.Thread(target=inside)
+        thread.start()
+        thread.join()
+        return made[0]
+
+    def close(self) -> None:
+        for n in (*self.names, self.peer):
+            subprocess.run(["ip", "netns", "del", n], check=False, capture_output=True)
+
+
+@pytest.fixture
+def net() -> Iterator[Net]:
+    made = Net(new_id("n")[-8:])
+    yield made
+    made.close()
+
+
+class Talk:
+    """Streams numbered lines and checks the answers, without a pause."""
+
+    def __init__(self, s: socket.socket) -> None:
+        self.count = 0
+        self.error = ""
+        self._socket = s
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        self._socket.settimeout(60)
+        f = self._socket.makefile("rwb")
+        try:
+            while True:
+                f.write(b"%d\n" % self.count)
+                f.flush()
+                answer = f.readline()
+                assert answer == b"%d\n" % self.count, f"{answer!r} instead of {self.count}"
+                self.count += 1
+        except (OSError, AssertionError) as e:
+            self.error = f"{type(e).__name__}: {e}"
+
+    def goes_on(self) -> None:
+        before = self.count
+        procs.wait_until("the peer to be answered", lambda: self.error or self.count > before + 50, 30)
+        assert not self.error, self.error
+
+    def end(self) -> None:
+        self._socket.shutdown(socket.SHUT_RDWR)
+        self._thread.join(10)
+        self._socket.close()
+
+
+@pytest.fixture
+def serve(torpor: Torpor, host_root: Callable[..., bundles.HostRoot], tmp: Path) -> Callable[[Net, int], Container]:
+    root = host_root()
+
+    def make(net: Net, which: int) -> Container:
+        bundle = tmp / f"bundle{which}"
+
+        spec = bundles.spec(["/usr/bin/python3.11", "-c", SERVER], rootfs=root.path)
+        for ns in spec["linux"]["namespaces"]:
+            if ns["type"] == "network":
+                ns["path"] = f"/run/netns/{net.names[which]}"
+        bundles.write(bundle, spec)
+        return Container(torpor, bundle, new_id())
+
+    return make
+
+
+def test_a_peer_outside_does_not_notice_a_migration(
+    net: Net, serve: Callable[[Net, int], Container], tmp: Path
+) -> None:
+    net.plug(0)
+    c = serve(net, 0).run()
+    assert c.next_line() == "READY"
+    talk = Talk(net.connect())
+    talk.goes_on()
+    c.checkpoint(tmp / "running", "--tcp-established", "--leave-running")
+    talk.goes_on()
+    net.unplug()
+    c.checkpoint(tmp / "image", "--tcp-established")
+    at = talk.count
+    c.delete()
+    time.sleep(0.3)
+    net.place(1)
+    assert not talk.error and talk.count == at
+    again = serve(net, 1)
+    again.restore_from(tmp / "image")
+    net.join()
+    talk.goes_on()
+    talk.end()
+
+
+def test_a_checkpoint_that_fails_lets_the_peer_go_on(
+    net: Net, serve: Callable[[Net, int], Container], tmp: Path
+) -> None:
+    net.plug(0)
+    c = serve(net, 0).run()
+    assert c.next_line() == "READY"
+    talk = Talk(net.connect())
+    talk.goes_on()
+    for point in ("collect", "capture:kill", "finish:error", "finish:kill"):
+        failed = c.checkpoint(tmp / "image", "--tcp-established", check=False, env={"TORPOR_FAILPOINT": point})
+        assert failed.code != 0
+        talk.goes_on()
+    talk.end()
+
+
+@pytest.mark.parametrize("when", ["checkpoint", "restore"])
+def test_a_connection_that_is_closed_is_reset(
+    net: Net, serve: Callable[[Net, int], Container], tmp: Path, when: str
+) -> None:
+    net.plug(0)
+    c = serve(net, 0).run()
+    assert c.next_line() == "READY"
+    talk = Talk(net.connect())
+    talk.goes_on()
+    done = c.checkpoint(tmp / "image", *(["--tcp-established"] if when == "restore" else []))
+    assert when == "restore" or "ECONNRESET" in done.err
+    c.delete()
+    net.unplug()
+    net.plug(1)
+    again = serve(net, 1)
+    again.restore_from(tmp / "image", *(["--tcp-close"] if when == "restore" else []))
+    assert again.next_line() == "GOT ConnectionResetError"
+    talk.end()
