@@ -184,6 +184,11 @@ pub fn enter(socket: &impl AsFd) -> Result<()> {
 
 /// The connection goes on. With `probe` the peer is asked for its window.
 pub fn leave(socket: &impl AsFd, probe: bool) -> Result<()> {
+    // The choice outlives repair, and a program could read its sequence numbers. EPERM: it is in none.
+    match set(socket, TCP_REPAIR_QUEUE, 0, "TCP_REPAIR_QUEUE") {
+        Err(e) if e.errno() != Some(Errno::EPERM) => return Err(e),
+        _ => {}
+    }
     set(socket, TCP_REPAIR, if probe { 0 } else { -1 }, "TCP_REPAIR")
 }
 
