@@ -1,5 +1,6 @@
 """TCP connections that lead out of the container: kept, closed, and never harmed."""
 
+import contextlib
 import socket
 import subprocess
 import threading
@@ -125,7 +126,8 @@ class Talk:
         assert not self.error, self.error
 
     def end(self) -> None:
-        self._socket.shutdown(socket.SHUT_RDWR)
+        with contextlib.suppress(OSError):
+            self._socket.shutdown(socket.SHUT_RDWR)
         self._thread.join(10)
         self._socket.close()
 
