@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from support import procs
+from support import procdiff, procs
 from support.cli import Container, Torpor
 from support.workloads import WORKLOADS, Redis, Stage
 
@@ -34,6 +34,7 @@ def test_checkpoint_restore_and_again(name: str, stage: Callable[[str], Stage], 
     first = play.start()
     first.verify()
     inner = inner_pids(first)
+    before = procdiff.snapshot(first.host_pids())
     checkpoint_and_stop(first, tmp / "image1")
     # the files as they are in the moment of the image, for the second restore
     copy = play.copy_root()
@@ -43,6 +44,11 @@ def test_checkpoint_restore_and_again(name: str, stage: Callable[[str], Stage], 
     second.restore_from(tmp / "image1")
     assert second.status == "running"
     assert inner_pids(second) == inner
+    if name not in (
+        "counter",
+        "pipeline",
+    ):  # shells that start a program after the other: never the same processes twice
+        procdiff.check(before, second.host_pids)
     second.verify()
     second.verify()
     checkpoint_and_stop(second, tmp / "image2")

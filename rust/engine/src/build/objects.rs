@@ -174,11 +174,9 @@ fn set_flags(fd: &OwnedFd, description: &Description) -> Result<()> {
     if matches!(description.object, Object::Stdio { .. } | Object::Path(_)) {
         return Ok(());
     }
+    // Also to none: what was filled here was made not to block.
     let flags = i64::from(description.flags & settable);
-    if flags != 0 {
-        fd::fcntl(fd, libc::F_SETFL, flags).about(1, "status flags")?;
-    }
-    Ok(())
+    fd::fcntl(fd, libc::F_SETFL, flags).about(1, "status flags").map(drop)
 }
 
 fn standard(skeleton: &Skeleton, index: usize) -> Result<OwnedFd> {
@@ -221,14 +219,20 @@ fn pipes(skeleton: &Skeleton, inventory: &Inventory, image: &Reader) -> Result<V
     Ok(all)
 }
 
-/// One more open file description for an end of a pipe.
+/// An open file description for an end of a pipe: the one that pipe(2) made, or one more, made by opening it again.
+/// They can be told apart: all that open(2) makes have O_LARGEFILE.
 fn pipe_end(ends: &(OwnedFd, OwnedFd), flags: i32) -> Result<OwnedFd> {
+    const O_LARGEFILE: i32 = 0o100_000;
     let end = if flags & libc::O_ACCMODE == libc::O_RDONLY {
         &ends.0
     } else {
         &ends.1
     };
-    fd::reopen(end, flags & (libc::O_ACCMODE | libc::O_NONBLOCK)).about(1, "pipe")
+    if flags & O_LARGEFILE != 0 {
+        return fd::reopen(end, flags & (libc::O_ACCMODE | libc::O_NONBLOCK)).about(1, "pipe");
+    }
+    let same = end.try_clone().map_err(|e| torpor_sys::Error::io("dup", "pipe", &e));
+    same.about(1, "pipe")
 }
 
 fn named(skeleton: &Skeleton, descriptions: &[Description]) -> Result<Vec<OwnedFd>> {
