@@ -136,11 +136,12 @@ pub fn restore(request: &Request, cancel: &Cancel, on_loaded: &mut dyn FnMut() -
         Ok((bytes, pager, tracking))
     })?;
     run.stage(Stage::Resume, || {
-        let mut skeleton = skeleton;
+        let (mut skeleton, mut objects) = (skeleton, objects);
         warnings.extend(skeleton.enter_time(&inventory)?);
         for process in &inventory.processes {
             skeleton.grow_threads(process)?;
         }
+        objects.open_pidfds(&skeleton, &inventory)?;
         resume(skeleton, objects, &inventory, &image, on_loaded)
     })?;
     let tracker = tracking.and_then(|t| t.hold(&image.digest(), request.pid, &request.tracker, &mut warnings));

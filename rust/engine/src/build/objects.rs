@@ -47,7 +47,22 @@ const OPEN_FLAGS: i32 = libc::O_ACCMODE
 /// How many files are opened in one stop.
 const AT_ONCE: usize = 200;
 
-/// Makes all of them.
+impl Objects {
+    /// Opens the descriptors of processes and threads, when all of those are there.
+    pub fn open_pidfds(&mut self, skeleton: &Skeleton, inventory: &Inventory) -> Result<()> {
+        for (description, fd) in inventory.descriptions.iter().zip(&mut self.descriptions) {
+            if let Object::Pidfd(state) = &description.object {
+                let (pid, flags) = pidfds::arguments(state);
+                let what = format!("pidfd_open of process {pid}");
+                *fd = skeleton.made_inside(&what, libc::SYS_pidfd_open, pid, flags)?;
+                set_flags(fd, description)?;
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Makes all of them. Those that [`Objects::open_pidfds`] opens are not what they should be yet.
 pub(super) fn rebuild(skeleton: &Skeleton, inventory: &Inventory, image: &Reader, cancel: &Cancel) -> Result<Objects> {
     let mut shared = Vec::new();
     for (index, state) in inventory.objects.shared.iter().enumerate() {
@@ -143,11 +158,8 @@ fn descriptions(
             Object::Inotify(_) => {
                 skeleton.made_inside("inotify_init1", libc::SYS_inotify_init1, libc::IN_CLOEXEC, 0)?
             }
-            Object::Pidfd(state) => {
-                let (pid, flags) = pidfds::arguments(state);
-                let what = format!("pidfd_open of process {pid}");
-                skeleton.made_inside(&what, libc::SYS_pidfd_open, pid, flags)?
-            }
+            // A stand-in, since threads are made later.
+            Object::Pidfd(_) => pidfd::open(skeleton.init).about(1, "pidfd")?,
             Object::Unix(_) => sockets
                 .unix
                 .next()
