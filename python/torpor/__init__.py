@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from .api import list_containers as list_containers
     from .api import restore as restore
     from .api import run as run
+    from .api import squash as squash
     from .errors import ImageError as ImageError
     from .errors import InternalError as InternalError
     from .errors import InterruptedCheckpoint as InterruptedCheckpoint
@@ -44,6 +45,7 @@ _HOME = {
     "list_containers": "api",
     "restore": "api",
     "run": "api",
+    "squash": "api",
     "ImageError": "errors",
     "InternalError": "errors",
     "InterruptedCheckpoint": "errors",
@@ -77,6 +79,7 @@ __all__ = [
     "list_containers",
     "restore",
     "run",
+    "squash",
 ]
 
 

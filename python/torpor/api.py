@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
     from .plan import Plan
 
-__all__ = ["Checkpoint", "Container", "Process", "check_id", "inspect", "list_containers", "restore", "run"]
+__all__ = ["Checkpoint", "Container", "Process", "check_id", "inspect", "list_containers", "restore", "run", "squash"]
 
 
 def run(
@@ -207,6 +207,36 @@ def inspect(image: str | Checkpoint) -> dict[str, Any]:
     directory = image.path if isinstance(image, Checkpoint) else image
     check_image(directory)
     return quick_json.loads(engine().inspect(os.path.abspath(directory)))  # type: ignore[no-any-return]
+
+
+def squash(image: str | Checkpoint, new: str, *, compression: str = "none") -> Checkpoint:
+    """Fold an image and all that it goes on from into one, in the directory `new`, which needs no other image.
+
+    The state is the same, the uuid is new. Every byte that is read is checked; the old images stay as they are.
+
+    Args:
+        image: the directory that `checkpoint` wrote to, or what it returned.
+        new: directory for the new image, made when it is missing.
+        compression: as for `Container.checkpoint`.
+
+    Raises:
+        UsageError: `bad-flag`, there is no such compression.
+        ImageError: an image is missing, damaged or not the one that was gone on from (`image-parent`), or `new` holds
+            one (`image-exists`).
+        KernelError: `no-space`, `permission` or `kernel`.
+    """
+    import json
+
+    from .compression import check
+
+    directory = image.path if isinstance(image, Checkpoint) else image
+    check_image(directory)
+    request = {
+        "image_path": os.path.abspath(directory),
+        "new_path": os.path.abspath(new),
+        "compression": check(compression, "compression"),
+    }
+    return Checkpoint(new, json.loads(engine().squash(json.dumps(request))))
 
 
 def list_containers(*, root: str | None = None) -> list[Container]:

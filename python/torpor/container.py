@@ -324,6 +324,7 @@ class Container:
         track: bool = False,
         tcp_established: bool = False,
         tcp_skip_in_flight: bool = False,
+        compression: str = "none",
     ) -> Checkpoint:
         """Write the container into `image_path`/checkpoint.img and stop it, or with `leave_running` let it go on.
 
@@ -341,10 +342,13 @@ class Container:
         program reads ECONNRESET), or kept with `tcp_established`: the peer hears nothing until the restore. Those that
         nobody has accepted yet are a reason to refuse, unless `tcp_skip_in_flight` leaves them out.
 
+        `compression` of the image: "none", "lz4", "zstd" or "zstd:LEVEL" with a level from 1 to 19.
+
         The directory is made when it is missing. Whatever goes wrong, the container runs on as before and no file is
         left.
 
         Raises:
+            UsageError: `bad-flag`, there is no such compression.
             StateError: `not-found`, or `bad-state` when it does not run.
             ImageError: `image-exists`, the directory holds an image already; `image-missing`, `image-parent` etc.,
                 the parent cannot be used.
@@ -361,6 +365,9 @@ class Container:
                 code="bad-flag",
                 object="--track",
             )
+        from .compression import check
+
+        compression = check(compression, "compression")
         with self.home as home:
             state = self.refresh()
             states.may("checkpoint", self.id, state.status)
@@ -380,6 +387,7 @@ class Container:
                 "tracker": home.file(tracker.NOTE),
                 "tcp_established": tcp_established,
                 "tcp_skip_in_flight": tcp_skip_in_flight,
+                "compression": compression,
                 "spec": self.spec(),
                 "container": {"id": self.id, "flags": state.flags},
             }

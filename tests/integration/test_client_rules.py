@@ -394,3 +394,11 @@ def test_annotations_for_checkpoints(torpor: Torpor, waiter: Callable[..., Conta
     assert "dev.torpor.checkpoint.image-path" in done.err and "has no effect" in done.err
     assert "dev.torpor.checkpoint.tcp" not in done.err
     assert (tmp / "i" / "checkpoint.img").exists() and not (tmp / "other").exists()
+
+
+def test_an_annotation_chooses_the_compression(torpor: Torpor, waiter: Callable[..., Container], tmp: Path) -> None:
+    c = waiter(annotations={"dev.torpor.checkpoint.compression": "zstd:1"})
+    c.checkpoint(tmp / "i", "--leave-running")
+    c.checkpoint(tmp / "j", "--leave-running", "--compression=lz4")
+    for name, codec in (("i", "zstd"), ("j", "lz4")):
+        assert json.loads(torpor("inspect", "--json", tmp / name).out)["compression"] == codec

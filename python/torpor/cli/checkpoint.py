@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 
+from torpor import compression
 from torpor.errors import UsageError
 from torpor.flags import BOOL, LIST, NUMBER, TEXT, Flag, assume
 
@@ -38,7 +39,7 @@ FLAGS = (
     Flag("track", BOOL, "with --leave-running: note what is written to from now on, for the next --parent-path"),
     Flag("pre-dump", BOOL, "write memory only, for a later --parent-path; --leave-running and --track are implied"),
     Flag("work-path", TEXT, "directory for dump.log"),
-    Flag("compression", TEXT, "none", default="none"),
+    Flag("compression", TEXT, compression.HELP, default="none"),
     # Each of these permits something. What cannot be carried is refused by name, with or without them.
     Flag("tcp-established", BOOL, "keep TCP connections that lead out of the container; else they are closed"),
     Flag("tcp-skip-in-flight", BOOL, "leave out TCP connections that nobody has accepted yet"),
@@ -71,11 +72,10 @@ def execute(config: Config, flags: Parsed) -> int:
         raise UsageError(
             "--status-fd is not supported yet: it belongs to --lazy-pages", code="bad-flag", object="--status-fd"
         )
-    _check_compression(flags)
+    compression.check(flags.text("compression"))
     check_empty_ns(flags)
     found = container(config, container_id)
     heed_annotations(found.refresh().annotations, flags)
-    _check_compression(flags)
     from torpor import criu
 
     with WorkLog(flags.text("work-path"), "dump.log") as work_log:
@@ -91,6 +91,7 @@ def execute(config: Config, flags: Parsed) -> int:
             track=flags.on("track"),
             tcp_established=flags.on("tcp-established"),
             tcp_skip_in_flight=flags.on("tcp-skip-in-flight"),
+            compression=compression.check(flags.text("compression")),
         )
         if old:
             _replace(saved.path, path)
@@ -103,11 +104,6 @@ def execute(config: Config, flags: Parsed) -> int:
     for warning in saved.warnings:
         log.warning(warning)
     return 0
-
-
-def _check_compression(flags: Parsed) -> None:
-    if flags.text("compression") != "none":
-        raise UsageError("--compression is not supported yet: use none", code="bad-flag", object="--compression")
 
 
 _ANNOTATIONS = "dev.torpor.checkpoint."

@@ -39,6 +39,7 @@ VERBS = {
     "resume": "let a paused container go on",
     "run": "create and start a container",
     "spec": "write a config.json to start from",
+    "squash": "fold a chain of images into one",
     "start": "start the program of a created container",
     "state": "show the state of a container",
     "uninstall": "take back what install did",

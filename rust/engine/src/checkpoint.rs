@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
-use torpor_image::{HeaderInfo, Writer};
+use torpor_image::{Compression, HeaderInfo, Writer};
 
 use crate::advance::Advance;
 use crate::base::{Base, MEMORY, Spaces};
@@ -48,6 +48,9 @@ pub struct Request {
     /// Where a tracker leaves its note.
     #[serde(default)]
     pub tracker: PathBuf,
+    /// How the image is compressed.
+    #[serde(default)]
+    pub compression: Compression,
     /// The container's config.json, kept in the image.
     #[serde(default)]
     pub spec: Value,
@@ -86,10 +89,12 @@ impl Request {
     }
 
     fn writer(&self) -> Result<Writer> {
-        Ok(match &self.parent_path {
+        let mut writer = match &self.parent_path {
             Some(parent) => Writer::create_child(&self.image_path, header(), parent)?,
             None => Writer::create(&self.image_path, header())?,
-        })
+        };
+        writer.compress(self.compression)?;
+        Ok(writer)
     }
 }
 

@@ -3,12 +3,13 @@
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use torpor_image::{PageRun, Reader};
-use torpor_sys::mem::{Mapping, Memory};
+use torpor_sys::mem::Memory;
 
 use crate::build::Skeleton;
 use crate::error::{About, Error, Result};
 use crate::kinds::memory::Area;
 use crate::model::{Body, Inventory};
+use crate::source;
 use crate::stage::Cancel;
 
 /// How much of the image is mapped at once, by each thread.
@@ -110,13 +111,13 @@ pub fn parts<'b>(body: &'b Body, run: &PageRun) -> impl Iterator<Item = (&'b Are
 
 fn copy(piece: &Piece<'_>, image: &Reader) -> Result<()> {
     let pid = piece.memory.pid();
-    let (file, offset) = image.stored(piece.offset)?;
-    let data = Mapping::of(file, offset, piece.len as usize).about(pid, "image")?;
-    // An area that never was writable is written to from outside.
-    let done = if piece.area.is_opened() {
-        piece.memory.scatter(piece.address, data.bytes())
-    } else {
-        piece.memory.write(piece.address, data.bytes())
-    };
-    done.about(pid, "memory")
+    source::each(image, pid, piece.offset, piece.len, |at, bytes| {
+        // An area that never was writable is written to from outside.
+        let done = if piece.area.is_opened() {
+            piece.memory.scatter(piece.address + at, bytes)
+        } else {
+            piece.memory.write(piece.address + at, bytes)
+        };
+        done.about(pid, "memory")
+    })
 }

@@ -50,15 +50,28 @@ pub fn inspect(path: &Path) -> Result<Value> {
         .sections()
         .map(|s| json!({"name": s.name, "bytes": s.len}))
         .collect();
+    let chain: Vec<Value> = image
+        .chain()
+        .map(|m| {
+            json!({
+                "path": m.path(), "bytes": m.bytes(), "data_bytes": m.data_bytes(), "compression": m.compression(),
+                "digest": m.digest(), "uuid": m.header().uuid,
+            })
+        })
+        .collect();
     Ok(json!({
         "path": image.path(),
         "bytes": image.len(),
         "digest": image.digest(),
+        "compression": chain[0]["compression"],
+        "parent": image.header().parent,
+        "chain": chain,
         "header": image.header(),
         "sections": sections,
         "container": image.section::<Value>("container")?,
         "memory_only": memory_only,
         "tasks": inventory.tasks(),
+        "inherited_bytes": image.runs().iter().filter(|r| r.link() > 0).map(|r| r.bytes()).sum::<u64>(),
         "memory_bytes": image.runs().iter().map(|r| r.bytes()).sum::<u64>(),
         "processes": processes,
         "shared": shared,

@@ -21,6 +21,8 @@ pub mod model;
 pub mod pager;
 pub mod plan;
 pub mod restore;
+mod source;
+pub mod squash;
 pub mod stage;
 pub mod track;
 pub mod twin;

@@ -120,7 +120,7 @@ fn main() {
     report("plain read, in the page cache, one thread", len, time(plain));
     let evict = || {
         nix::fcntl::posix_fadvise(
-            reader.stored(4096).unwrap().0,
+            reader.stored(4096).unwrap().unwrap().0,
             0,
             0,
             nix::fcntl::PosixFadviseAdvice::POSIX_FADV_DONTNEED,

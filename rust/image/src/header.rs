@@ -21,7 +21,7 @@ const PART: &str = "header";
 /// Required of the reader of an image that has a parent.
 pub(crate) const PARENT: &str = "parent";
 /// The abilities that this reader has.
-const KNOWN: [&str; 1] = [PARENT];
+const KNOWN: [&str; 3] = [PARENT, "lz4", "zstd"];
 
 /// The image that an image goes on from: known by its content, so that another one at the same place is refused.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]

@@ -32,6 +32,9 @@ pub(crate) const HEADER_LEN: usize = 4096;
 /// Where the data area begins.
 pub(crate) const DATA_START: u64 = HEADER_LEN as u64;
 pub(crate) const RUN_LEN: usize = 32;
+pub(crate) const FRAME_LEN: usize = 32;
+/// Most frames: a data area of [`MAX_DATA`] bytes has no more blocks.
+pub(crate) const MAX_FRAMES: u64 = MAX_DATA / BLOCK_SIZE as u64;
 pub(crate) const ENTRY_LEN: usize = 64;
 pub(crate) const TRAILER_LEN: usize = 64;
 /// Bytes of the trailer that the digest covers; the digest itself and what follows it are compared, not hashed.
@@ -41,6 +44,7 @@ pub(crate) const ALIGN: u64 = 8;
 /// The bits of an offset from here on up number the image of the chain that it is in.
 pub(crate) const LINK_SHIFT: u32 = 48;
 pub(crate) const INDEX_NAME: &str = "pages";
+pub(crate) const FRAMES_NAME: &str = "frames";
 
 /// Readers that do not know the kind of a section with this flag must refuse the image.
 pub(crate) const SECTION_MUST_KNOW: u32 = 1;
@@ -54,7 +58,7 @@ pub(crate) fn link_of(offset: u64) -> (usize, u64) {
     ((offset >> LINK_SHIFT) as usize, offset & ((1 << LINK_SHIFT) - 1))
 }
 
-fn u32_at(bytes: &[u8], at: usize) -> u32 {
+pub(crate) fn u32_at(bytes: &[u8], at: usize) -> u32 {
     let mut raw = [0; 4];
     raw.copy_from_slice(&bytes[at..at + 4]);
     u32::from_le_bytes(raw)
@@ -236,6 +240,8 @@ pub enum SectionKind {
     Json,
     /// The page index.
     Index,
+    /// Where each block of a compressed data area is stored.
+    Frames,
     /// Something that a newer version added.
     Unknown(u32),
 }
@@ -245,6 +251,7 @@ impl SectionKind {
         match self {
             SectionKind::Json => 1,
             SectionKind::Index => 2,
+            SectionKind::Frames => 3,
             SectionKind::Unknown(number) => number,
         }
     }
@@ -253,6 +260,7 @@ impl SectionKind {
         match number {
             1 => SectionKind::Json,
             2 => SectionKind::Index,
+            3 => SectionKind::Frames,
             other => SectionKind::Unknown(other),
         }
     }

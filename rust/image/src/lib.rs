@@ -7,6 +7,9 @@
 //! An image can go on from another, its parent: it then holds only what is new, and its index names the pages of the parent that are
 //! still right. [`Writer::create_child`] makes one, [`Writer::inherit`] takes pages over, and [`Reader`] reads a chain as one image.
 //!
+//! The data of an image can be compressed ([`Writer::compress`]). Nobody but this crate sees that: offsets are those of the data as it was
+//! before, and [`Reader::read_block`] and [`Reader::unpack`] give it back. Only who maps the file asks [`Reader::stored`] first.
+//!
 //! `docs/image-format.md` describes every byte and the rules by which the format may grow.
 #![forbid(unsafe_code)]
 #![cfg_attr(
@@ -20,17 +23,22 @@
 
 mod chain;
 mod checksum;
+mod codec;
 mod error;
+mod frames;
 mod header;
 mod layout;
 mod link;
+mod packer;
 mod place;
 mod read;
+mod squash;
 #[cfg(test)]
 mod testing;
 mod write;
 mod writeback;
 
+pub use codec::Compression;
 pub use error::Error;
 pub use header::{HeaderInfo, Parent};
 pub use layout::{
@@ -38,4 +46,5 @@ pub use layout::{
     PAGE_SIZE, PageRun, SectionInfo, SectionKind,
 };
 pub use read::{BlobReader, MAX_BLOB_IN_MEMORY, Member, Reader};
+pub use squash::squash;
 pub use write::{Committed, Writer};

@@ -5,25 +5,31 @@ use std::io;
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
 use std::thread;
 
 use nix::errno::Errno;
 use nix::libc::O_NONBLOCK;
 
 use crate::checksum::{self, Rolling};
+use crate::codec::Codec;
 use crate::error::Error;
+use crate::frames::{Frame, Frames};
 use crate::header::HeaderInfo;
 use crate::layout::{
-    ALIGN, BLOCK_SIZE, DATA_START, ENTRY_LEN, FILE_NAME, HEADER_LEN, MAX_DATA, MAX_JSON, MAX_RUNS, MAX_SECTIONS, MINOR,
-    RUN_LEN, SECTION_MUST_KNOW, SectionInfo, SectionKind, TRAILER_LEN, Trailer, align_up, u64_at,
+    ALIGN, BLOCK_SIZE, DATA_START, ENTRY_LEN, FILE_NAME, FRAME_LEN, FRAMES_NAME, HEADER_LEN, MAX_DATA, MAX_FRAMES,
+    MAX_JSON, MAX_RUNS, MAX_SECTIONS, MINOR, RUN_LEN, SECTION_MUST_KNOW, SectionInfo, SectionKind, TRAILER_LEN,
+    Trailer, align_up, u64_at,
 };
 use crate::write::digest;
 
 const CHUNK: usize = 1 << 20;
 const VERIFY_THREADS: usize = 4;
+/// Unpacked blocks that are kept: readers of small pieces come back to the same block.
+const KEPT: usize = 4;
 const FOOTER: &str = "footer";
 
-/// One file. Offsets are those of this file.
+/// One file. Offsets are those of its data area as it is when unpacked: in a file that is not compressed, those of the file.
 #[derive(Debug)]
 pub(crate) struct Link {
     file: File,
@@ -34,6 +40,9 @@ pub(crate) struct Link {
     trailer: Trailer,
     sections: Vec<SectionInfo>,
     blocks: Vec<u64>,
+    frames: Option<Frames>,
+    /// Blocks that were unpacked last, the latest at the end.
+    kept: Mutex<Vec<(u64, Arc<Vec<u8>>)>>,
 }
 
 impl Link {
@@ -52,6 +61,7 @@ impl Link {
         let (entries, sums) = tables.split_at(trailer.section_count as usize * ENTRY_LEN);
         let sections = read_section_table(&path, entries, minor)?;
         check_sections(&source, &trailer, &sections)?;
+        let frames = read_frames(&source, &info, &trailer, &sections)?;
         let blocks = sums.chunks_exact(8).map(|raw| u64_at(raw, 0)).collect();
         Ok(Link {
             file,
@@ -62,6 +72,8 @@ impl Link {
             trailer,
             sections,
             blocks,
+            frames,
+            kept: Mutex::new(Vec::new()),
         })
     }
 
@@ -105,13 +117,22 @@ impl Link {
         &self.sections
     }
 
+    /// Length of the data area when it is unpacked.
     pub(crate) fn data_len(&self) -> u64 {
-        self.trailer.data_len
+        self.frames.as_ref().map_or(self.trailer.data_len, Frames::data_len)
     }
 
-    /// Where the data area ends.
+    /// Where the unpacked data area ends.
     pub(crate) fn data_end(&self) -> u64 {
-        DATA_START + self.trailer.data_len
+        DATA_START + self.data_len()
+    }
+
+    pub(crate) fn codec(&self) -> Option<Codec> {
+        self.frames.as_ref().map(|frames| frames.codec)
+    }
+
+    pub(crate) fn is_compressed(&self) -> bool {
+        self.frames.is_some()
     }
 
     pub(crate) fn check_range(&self, offset: u64, len: u64) -> Result<(), Error> {
@@ -124,66 +145,148 @@ impl Link {
         }
     }
 
-    /// Reads data without a look at checksums.
+    /// Reads data; without a look at checksums where it is stored as it is.
     pub(crate) fn read_at(&self, offset: u64, buf: &mut [u8]) -> Result<(), Error> {
         self.check_range(offset, buf.len() as u64)?;
-        self.source().read("data", offset, buf)
+        if !self.is_compressed() {
+            return self.source().read("data", offset, buf);
+        }
+        let mut done = 0;
+        while done < buf.len() {
+            let at = offset + done as u64;
+            let (begin, block) = self.unpacked(at)?;
+            let from = (at - begin) as usize;
+            let len = (block.len() - from).min(buf.len() - done);
+            buf[done..done + len].copy_from_slice(&block[from..from + len]);
+            done += len;
+        }
+        Ok(())
     }
 
     /// Reads and checks the block that holds `offset`; returns where it begins.
     pub(crate) fn read_block(&self, offset: u64, buffer: &mut Vec<u8>) -> Result<u64, Error> {
-        let block = offset.checked_sub(DATA_START).map(|at| at / BLOCK_SIZE as u64);
-        let known = block.filter(|&block| block < self.blocks.len() as u64);
-        let block = known.ok_or_else(|| self.corrupt("data", format!("no data at offset {offset}")))?;
-        self.load_block(block as usize, buffer)?;
+        let block = self.block_of(offset)?;
+        match &self.frames {
+            Some(frames) => self.load_frame(frames, block, buffer, &mut Vec::new())?,
+            None => self.load_block(block, buffer)?,
+        }
         Ok(DATA_START + block * BLOCK_SIZE as u64)
     }
 
-    /// Reads every data block and compares its checksum.
+    /// As [`Link::read_block`], from the blocks that are kept, where the new one then is too.
+    pub(crate) fn unpacked(&self, offset: u64) -> Result<(u64, Arc<Vec<u8>>), Error> {
+        let begin = DATA_START + self.block_of(offset)? * BLOCK_SIZE as u64;
+        let found = self.kept.lock().ok().and_then(|kept| {
+            let known = kept.iter().find(|(at, _)| *at == begin);
+            known.map(|(_, block)| Arc::clone(block))
+        });
+        if let Some(block) = found {
+            return Ok((begin, block));
+        }
+        let mut buffer = Vec::new();
+        self.read_block(offset, &mut buffer)?;
+        let block = Arc::new(buffer);
+        if let Ok(mut kept) = self.kept.lock() {
+            if kept.len() == KEPT {
+                kept.remove(0);
+            }
+            kept.push((begin, Arc::clone(&block)));
+        }
+        Ok((begin, block))
+    }
+
+    /// Reads every byte of the data area, as it is stored, and compares its checksums.
+    pub(crate) fn verify_stored(&self) -> Result<(), Error> {
+        self.all(self.blocks.len(), |block, buffer, _| self.load_block(block, buffer))
+    }
+
+    /// Also unpacks all of it.
     pub(crate) fn verify(&self) -> Result<(), Error> {
+        self.verify_stored()?;
+        self.frames.as_ref().map_or(Ok(()), |frames| {
+            self.all(frames.len(), |number, buffer, stored| {
+                self.load_frame(frames, number, buffer, stored)
+            })
+        })
+    }
+
+    /// Does `load` for every number below `count`, with several threads, each with two buffers. Of several failures the one with the
+    /// lowest number is returned.
+    fn all(
+        &self,
+        count: usize,
+        load: impl Fn(u64, &mut Vec<u8>, &mut Vec<u8>) -> Result<(), Error> + Sync,
+    ) -> Result<(), Error> {
         let available = thread::available_parallelism().map_or(1, |count| count.get());
         // A thread for less than 8 MiB costs more than it saves.
-        let threads = available.min(VERIFY_THREADS).min(self.blocks.len() / 8).max(1);
+        let threads = available.min(VERIFY_THREADS).min(count / 8).max(1);
         let next = AtomicU64::new(0);
+        // Numbers are handed out in order, so the first failure of each worker is enough to find the first of all.
+        let work = || {
+            let (mut buffer, mut stored) = (Vec::new(), Vec::new());
+            loop {
+                let number = next.fetch_add(1, Ordering::Relaxed);
+                if number >= count as u64 {
+                    return Ok(());
+                }
+                if let Err(failed) = load(number, &mut buffer, &mut stored) {
+                    // Later ones need no look, earlier ones are already in the hands of others.
+                    next.fetch_max(count as u64, Ordering::Relaxed);
+                    return Err((number, failed));
+                }
+            }
+        };
         let mut failures: Vec<(u64, Error)> = thread::scope(|scope| {
-            let workers: Vec<_> = (1..threads)
-                .map(|_| scope.spawn(|| self.verify_blocks(&next)))
-                .collect();
-            let own = self.verify_blocks(&next);
+            let workers: Vec<_> = (1..threads).map(|_| scope.spawn(work)).collect();
+            let own = work();
             let others = workers.into_iter().map(|worker| worker.join());
             // A worker has nothing that panics; should it ever, its blocks count as not verified.
             let joined =
                 others.map(|result| result.unwrap_or_else(|_| Err((0, self.corrupt("data", "verifying failed")))));
             joined.chain([own]).filter_map(Result::err).collect()
         });
-        failures.sort_by_key(|(block, _)| *block);
+        failures.sort_by_key(|(number, _)| *number);
         failures.into_iter().next().map_or(Ok(()), |(_, error)| Err(error))
     }
 
-    /// Takes block after block until none is left. Blocks are handed out in order, so the first failure of each worker is enough to
-    /// find the first of all.
-    fn verify_blocks(&self, next: &AtomicU64) -> Result<(), (u64, Error)> {
-        let mut buffer = Vec::new();
-        loop {
-            let block = next.fetch_add(1, Ordering::Relaxed);
-            if block >= self.blocks.len() as u64 {
-                return Ok(());
-            }
-            if let Err(failed) = self.load_block(block as usize, &mut buffer) {
-                // Later blocks need no look, earlier ones are already in the hands of others.
-                next.fetch_max(self.blocks.len() as u64, Ordering::Relaxed);
-                return Err((block, failed));
-            }
-        }
+    fn block_of(&self, offset: u64) -> Result<u64, Error> {
+        let known = offset.checked_sub(DATA_START).filter(|&at| at < self.data_len());
+        let at = known.ok_or_else(|| self.corrupt("data", format!("no data at offset {offset}")))?;
+        Ok(at / BLOCK_SIZE as u64)
     }
 
-    fn load_block(&self, block: usize, buffer: &mut Vec<u8>) -> Result<(), Error> {
-        let begin = (block * BLOCK_SIZE) as u64;
+    /// Reads a block of the file.
+    fn load_block(&self, block: u64, buffer: &mut Vec<u8>) -> Result<(), Error> {
+        let begin = block * BLOCK_SIZE as u64;
         let len = (self.trailer.data_len - begin).min(BLOCK_SIZE as u64) as usize;
         buffer.resize(len, 0);
         let offset = DATA_START + begin;
         self.source().read("data", offset, buffer)?;
-        if checksum::of(buffer) != self.blocks[block] {
+        if checksum::of(buffer) != self.blocks[block as usize] {
+            return Err(self.corrupt("data", format!("wrong checksum of the {len} bytes at offset {offset}")));
+        }
+        Ok(())
+    }
+
+    fn load_frame(
+        &self,
+        frames: &Frames,
+        number: u64,
+        buffer: &mut Vec<u8>,
+        stored: &mut Vec<u8>,
+    ) -> Result<(), Error> {
+        let Some(&Frame {
+            offset, stored: len, ..
+        }) = frames.get(number)
+        else {
+            return Err(self.corrupt("data", format!("no frame {number}")));
+        };
+        stored.resize(len as usize, 0);
+        self.source().read("data", offset, stored)?;
+        let whole = frames
+            .get(number)
+            .is_some_and(|frame| frame.unpack(frames.codec, stored, buffer));
+        if !whole {
             return Err(self.corrupt("data", format!("wrong checksum of the {len} bytes at offset {offset}")));
         }
         Ok(())
@@ -317,6 +420,7 @@ fn read_section_table(path: &Path, entries: &[u8], minor: u16) -> Result<Vec<Sec
         let limit = match section.kind {
             SectionKind::Json => MAX_JSON,
             SectionKind::Index => MAX_RUNS * RUN_LEN as u64,
+            SectionKind::Frames => MAX_FRAMES * FRAME_LEN as u64,
             SectionKind::Unknown(_) => u64::MAX,
         };
         if section.len > limit {
@@ -385,4 +489,40 @@ fn skip_padding(source: &Source<'_>, end: u64, limit: u64) -> Result<u64, Error>
         return Err(source.corrupt("padding", format!("not zero at offset {end}")));
     }
     Ok(next)
+}
+
+/// Reads the frame table of a file whose header says that it is compressed; no other has one.
+fn read_frames(
+    source: &Source<'_>,
+    info: &HeaderInfo,
+    trailer: &Trailer,
+    sections: &[SectionInfo],
+) -> Result<Option<Frames>, Error> {
+    let corrupt = |detail: String| source.corrupt(named(FRAMES_NAME), detail);
+    let mut tables = sections.iter().filter(|section| section.kind == SectionKind::Frames);
+    let (codec, table) = match (Codec::of(&info.requires), tables.next(), tables.next()) {
+        (None, None, None) => return Ok(None),
+        (Some(codec), Some(table), None) if table.name == FRAMES_NAME => (codec, table),
+        _ => {
+            return Err(corrupt(
+                "there must be one in a compressed image, and none in another".to_owned(),
+            ));
+        }
+    };
+    if table.len % FRAME_LEN as u64 != 0 {
+        return Err(corrupt("its length is not a whole number of records".to_owned()));
+    }
+    let mut frames = Frames::new(codec);
+    source.stream(FRAMES_NAME, table.offset, table.len, |piece| {
+        piece.chunks_exact(FRAME_LEN).try_for_each(|record| {
+            let number = frames.len();
+            frames
+                .push(record)
+                .map_err(|detail| corrupt(format!("record {number}: {detail}")))
+        })
+    })?;
+    if frames.end() != DATA_START + trailer.data_len {
+        return Err(corrupt("the frames do not fill the data area".to_owned()));
+    }
+    Ok(Some(frames))
 }

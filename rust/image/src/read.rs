@@ -12,6 +12,7 @@ use serde::de::DeserializeOwned;
 
 use crate::chain;
 use crate::checksum;
+use crate::codec::Codec;
 use crate::error::Error;
 use crate::header::HeaderInfo;
 use crate::layout::{
@@ -140,12 +141,22 @@ impl Reader {
         touched.map(move |run| run.part(start, end))
     }
 
-    /// Reads every data block of the whole chain and compares its checksum, with up to four threads.
+    /// Reads every data block of the whole chain, unpacks it where it is compressed, and compares its checksums, with up to four
+    /// threads.
     ///
     /// # Errors
     /// [`Error::Corrupt`] with the offset of the first block that is wrong; [`Error::Io`].
     pub fn verify(&self) -> Result<(), Error> {
         self.chain.iter().try_for_each(Link::verify)
+    }
+
+    /// As [`Reader::verify`], without unpacking: for whoever reads it all through [`Reader::unpack`] or [`Reader::read_block`]
+    /// afterwards, which check what they unpack.
+    ///
+    /// # Errors
+    /// As [`Reader::verify`].
+    pub fn verify_stored(&self) -> Result<(), Error> {
+        self.chain.iter().try_for_each(Link::verify_stored)
     }
 
     /// Reads the checksummed block that holds the byte at `offset`, of this image or of an ancestor, and checks it: for whoever cannot
@@ -168,13 +179,37 @@ impl Reader {
     }
 
     /// The file, and the offset in it, where the bytes at `offset` are: for whoever maps it or reads it in another way. The rest of the
-    /// data area follows.
+    /// data area follows. `None` if they are compressed: [`Reader::unpack`] gives them.
     ///
     /// # Errors
     /// [`Error::Corrupt`] if there is no such image in the chain.
-    pub fn stored(&self, offset: u64) -> Result<(&File, u64), Error> {
+    pub fn stored(&self, offset: u64) -> Result<Option<(&File, u64)>, Error> {
         let (link, _, at) = self.link(offset)?;
-        Ok((link.file(), at))
+        Ok((!link.is_compressed()).then(|| (link.file(), at)))
+    }
+
+    /// Hands the `len` bytes from `offset` on to `take`, checked, in pieces of at most 1 MiB. The last few blocks are kept, so that small
+    /// pieces of the same block cost little.
+    ///
+    /// # Errors
+    /// [`Error::Corrupt`] when they are not what was written, or not in the data area; [`Error::Io`]; what `take` returns.
+    pub fn unpack<E: From<Error>>(
+        &self,
+        offset: u64,
+        len: u64,
+        mut take: impl FnMut(&[u8]) -> Result<(), E>,
+    ) -> Result<(), E> {
+        let (link, _, at) = self.link(offset)?;
+        link.check_range(at, len)?;
+        let mut done = 0;
+        while done < len {
+            let (begin, block) = link.unpacked(at + done)?;
+            let from = (at + done - begin) as usize;
+            let count = (len - done).min((block.len() - from) as u64);
+            take(&block[from..from + count as usize])?;
+            done += count;
+        }
+        Ok(())
     }
 
     /// Where the first page is among what this image holds itself; its end when it holds none. Blobs lie before it if they were
@@ -225,7 +260,7 @@ impl Reader {
         self.head().len()
     }
 
-    /// Length of the data area.
+    /// Length of the data area, unpacked.
     pub fn data_len(&self) -> u64 {
         self.head().data_len()
     }
@@ -266,6 +301,16 @@ impl Member<'_> {
     /// Names its content.
     pub fn digest(&self) -> String {
         self.0.digest()
+    }
+
+    /// Length of its data, unpacked.
+    pub fn data_bytes(&self) -> u64 {
+        self.0.data_len()
+    }
+
+    /// How its data is compressed: `none`, or the name of the codec.
+    pub fn compression(&self) -> &'static str {
+        self.0.codec().map_or("none", Codec::word)
     }
 
     /// What its header says.

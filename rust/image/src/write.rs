@@ -9,12 +9,16 @@ use serde::Serialize;
 
 use crate::chain;
 use crate::checksum::{self, BlockTable, Rolling};
+use crate::codec::Compression;
 use crate::error::Error;
+use crate::frames::Frame;
 use crate::header::{HeaderInfo, PARENT, Parent};
 use crate::layout::{
-    ALIGN, BLOCK_SIZE, BlobRef, DATA_START, FILE_NAME, INDEX_NAME, LINK_SHIFT, MAX_CHAIN, MAX_DATA, MAX_JSON, MAX_RUNS,
-    MAX_SECTIONS, PAGE, PageRun, SectionInfo, SectionKind, TRAILER_DIGESTED, Trailer, align_up, is_name,
+    ALIGN, BLOCK_SIZE, BlobRef, DATA_START, FILE_NAME, FRAMES_NAME, INDEX_NAME, LINK_SHIFT, MAX_CHAIN, MAX_DATA,
+    MAX_JSON, MAX_RUNS, MAX_SECTIONS, PAGE, PageRun, SectionInfo, SectionKind, TRAILER_DIGESTED, Trailer, align_up,
+    is_name,
 };
+use crate::packer::{Gone, Packed, Packer};
 use crate::place::{Naming, Place};
 use crate::read::Reader;
 use crate::writeback::Writeback;
@@ -44,7 +48,13 @@ pub struct Writer {
     buffer: Vec<u8>,
     /// Offset in the file of the next byte.
     position: u64,
+    /// Offset of the next byte of data as callers and readers count: in a compressed image, as if it were not.
+    data: u64,
+    /// Compresses data on its way to the file.
+    packer: Option<Packer>,
+    frames: Vec<Frame>,
     blocks: BlockTable,
+    info: HeaderInfo,
     header: Vec<u8>,
     sections: Vec<(String, Vec<u8>)>,
     runs: Vec<PageRun>,
@@ -67,7 +77,7 @@ impl Writer {
     pub(crate) fn create_with(dir: &Path, info: &HeaderInfo, naming: Naming) -> Result<Writer, Error> {
         // Before the directory is touched: what is wrong with it is wrong anywhere.
         let header = info.encode(&dir.join(FILE_NAME))?;
-        Writer::begin(Place::claim(dir, naming)?, header, None)
+        Writer::begin(Place::claim(dir, naming)?, info.clone(), header, None)
     }
 
     /// As [`Writer::create`], for an image that goes on from the one in the directory `parent`, a path relative to `dir`.
@@ -103,16 +113,20 @@ impl Writer {
             uuid: reader.header().uuid.clone(),
         });
         let header = info.encode(&target)?;
-        Writer::begin(place, header, Some(Arc::new(reader)))
+        Writer::begin(place, info, header, Some(Arc::new(reader)))
     }
 
-    fn begin(place: Place, header: Vec<u8>, parent: Option<Arc<Reader>>) -> Result<Writer, Error> {
+    fn begin(place: Place, info: HeaderInfo, header: Vec<u8>, parent: Option<Arc<Reader>>) -> Result<Writer, Error> {
         let mut writer = Writer {
             place,
             writeback: Writeback::new(),
             buffer: Vec::with_capacity(BUFFER),
             position: 0,
+            data: DATA_START,
+            packer: None,
+            frames: Vec::new(),
             blocks: BlockTable::new(),
+            info,
             header: Vec::new(),
             sections: Vec::new(),
             runs: Vec::new(),
@@ -122,6 +136,26 @@ impl Writer {
         writer.put(&header)?;
         writer.header = header;
         Ok(writer)
+    }
+
+    /// Compresses all data, with threads of its own. To be called before any is appended.
+    ///
+    /// # Errors
+    /// [`Error::Misuse`] if there is data already; [`Error::Io`] if there is no memory for it.
+    pub fn compress(&mut self, how: Compression) -> Result<(), Error> {
+        let Some(codec) = how.codec() else { return Ok(()) };
+        let path = self.place.target();
+        if self.packer.is_some() || self.data != DATA_START || self.buffer.len() != self.header.len() {
+            return Err(Error::misuse(path, "data", "compressed too late"));
+        }
+        self.info.requires.push(codec.word().to_owned());
+        // It waits in the buffer still.
+        self.header = self.info.encode(path)?;
+        self.buffer.clone_from(&self.header);
+        let packer = Packer::new(how);
+        let no_memory = || Error::io(path, "compress the data of", io::ErrorKind::OutOfMemory.into());
+        self.packer = Some(packer.ok_or_else(no_memory)?);
+        Ok(())
     }
 
     /// The image that this one goes on from.
@@ -176,7 +210,7 @@ impl Writer {
             ));
         }
         self.pad_data(PAGE)?;
-        let offset = self.position;
+        let offset = self.data;
         self.put_data(data)?;
         Ok(offset)
     }
@@ -187,7 +221,7 @@ impl Writer {
     /// [`Error::NoSpace`], [`Error::Io`].
     pub fn append_blob(&mut self, data: &[u8]) -> Result<BlobRef, Error> {
         self.pad_data(ALIGN)?;
-        let offset = self.position;
+        let offset = self.data;
         self.put_data(data)?;
         Ok(BlobRef {
             offset,
@@ -202,7 +236,7 @@ impl Writer {
     /// [`Error::NoSpace`], [`Error::Io`].
     pub fn append_blob_from(&mut self, reader: &mut dyn Read, len_hint: Option<u64>) -> Result<BlobRef, Error> {
         self.pad_data(ALIGN)?;
-        let offset = self.position;
+        let offset = self.data;
         // One byte more than expected, so that the end is seen without another round.
         let size = len_hint.map_or(BLOCK_SIZE, |len| {
             len.saturating_add(1).clamp(4096, BLOCK_SIZE as u64) as usize
@@ -213,7 +247,7 @@ impl Writer {
                 Ok(0) => {
                     return Ok(BlobRef {
                         offset,
-                        len: self.position - offset,
+                        len: self.data - offset,
                     });
                 }
                 Ok(count) => self.put_data(&chunk[..count])?,
@@ -240,15 +274,21 @@ impl Writer {
     /// # Errors
     /// [`Error::Misuse`] if the name is taken, reserved or not one, or if the value cannot be JSON; [`Error::TooLarge`].
     pub fn add_section(&mut self, name: &str, json: &impl Serialize) -> Result<(), Error> {
+        let json = serde_json::to_vec(json)
+            .map_err(|error| Error::misuse(self.place.target(), format!("section {name:?}"), error.to_string()))?;
+        self.add_raw_section(name, json)
+    }
+
+    /// As [`Writer::add_section`], of bytes that are JSON.
+    pub(crate) fn add_raw_section(&mut self, name: &str, json: Vec<u8>) -> Result<(), Error> {
         let path = self.place.target();
         let misuse = |detail: String| Error::misuse(path, format!("section {name:?}"), detail);
         if !is_name(name) {
             return Err(misuse("a name is 1 to 32 of a-z 0-9 . _ -".to_owned()));
         }
-        if name == INDEX_NAME || self.sections.iter().any(|(taken, _)| taken == name) {
+        if [INDEX_NAME, FRAMES_NAME].contains(&name) || self.sections.iter().any(|(taken, _)| taken == name) {
             return Err(misuse("the name is taken".to_owned()));
         }
-        let json = serde_json::to_vec(json).map_err(|error| misuse(error.to_string()))?;
         let too_large = |what, count, limit| Error::TooLarge {
             path: path.to_path_buf(),
             what,
@@ -262,19 +302,16 @@ impl Writer {
                 MAX_JSON,
             ));
         }
-        // One entry is the index.
-        if self.sections.len() as u64 + 1 >= u64::from(MAX_SECTIONS) {
-            return Err(too_large(
-                "sections",
-                self.sections.len() as u64 + 2,
-                u64::from(MAX_SECTIONS),
-            ));
+        // Others are the index and, in a compressed image, the frame table.
+        let count = self.sections.len() as u64 + 2 + u64::from(self.packer.is_some());
+        if count > u64::from(MAX_SECTIONS) {
+            return Err(too_large("sections", count, u64::from(MAX_SECTIONS)));
         }
         self.sections.push((name.to_owned(), json));
         Ok(())
     }
 
-    /// Bytes of header and data so far.
+    /// Bytes of header and data so far, as they are in the file; compressed data arrives there a little later.
     pub fn bytes(&self) -> u64 {
         self.position
     }
@@ -286,8 +323,9 @@ impl Writer {
     /// is wrong or overlaps another; [`Error::TooLarge`], [`Error::NoSpace`], [`Error::Permission`], [`Error::Io`]. After an error there
     /// is no image.
     pub fn commit(mut self) -> Result<Committed, Error> {
+        self.check_runs(self.data)?;
+        self.finish_data()?;
         let data_end = self.position;
-        self.check_runs(data_end)?;
         let mut table = Vec::with_capacity(self.sections.len() + 1);
         for (name, json) in std::mem::take(&mut self.sections) {
             self.pad(ALIGN)?;
@@ -301,8 +339,12 @@ impl Writer {
             });
             self.put(&json)?;
         }
-        let index = self.put_index()?;
-        table.push(index);
+        if self.packer.take().is_some() {
+            let records: Vec<_> = std::mem::take(&mut self.frames).iter().map(Frame::encode).collect();
+            table.push(self.put_records(FRAMES_NAME, SectionKind::Frames, records)?);
+        }
+        let records: Vec<_> = std::mem::take(&mut self.runs);
+        table.push(self.put_records(INDEX_NAME, SectionKind::Index, records.iter().map(PageRun::encode))?);
         self.pad(ALIGN)?;
         let digest = self.put_footer(data_end - DATA_START, &table)?;
         self.flush()?;
@@ -348,18 +390,22 @@ impl Writer {
         Ok(())
     }
 
-    fn put_index(&mut self) -> Result<SectionInfo, Error> {
+    fn put_records<const N: usize>(
+        &mut self,
+        name: &str,
+        kind: SectionKind,
+        records: impl IntoIterator<Item = [u8; N]>,
+    ) -> Result<SectionInfo, Error> {
         self.pad(ALIGN)?;
         let offset = self.position;
         let mut sum = Rolling::new();
-        for run in std::mem::take(&mut self.runs) {
-            let raw = run.encode();
+        for raw in records {
             sum.update(&raw);
             self.put(&raw)?;
         }
         Ok(SectionInfo {
-            name: INDEX_NAME.to_owned(),
-            kind: SectionKind::Index,
+            name: name.to_owned(),
+            kind,
             offset,
             len: self.position - offset,
             flags: 0,
@@ -387,7 +433,7 @@ impl Writer {
     }
 
     fn pad_data(&mut self, align: u64) -> Result<(), Error> {
-        let missing = align_up(self.position, align) - self.position;
+        let missing = align_up(self.data, align) - self.data;
         self.put_data(&[0; PAGE as usize][..missing as usize])
     }
 
@@ -396,9 +442,9 @@ impl Writer {
         self.put(&[0; PAGE as usize][..missing as usize])
     }
 
-    /// Writes bytes of the data area: hashed block by block, each piece while it is still in the cache.
-    fn put_data(&mut self, mut data: &[u8]) -> Result<(), Error> {
-        let len = self.position - DATA_START + data.len() as u64;
+    /// Writes bytes of the data area, or has them compressed.
+    pub(crate) fn put_data(&mut self, mut data: &[u8]) -> Result<(), Error> {
+        let len = self.data - DATA_START + data.len() as u64;
         if len > MAX_DATA {
             let path = self.place.target().to_path_buf();
             return Err(Error::TooLarge {
@@ -408,6 +454,52 @@ impl Writer {
                 limit: MAX_DATA,
             });
         }
+        self.data += data.len() as u64;
+        if self.packer.is_none() {
+            return self.put_stored(data);
+        }
+        while let Some(packer) = self.packer.as_mut().filter(|_| !data.is_empty()) {
+            let taken = packer.take(data);
+            data = &data[taken..];
+            let ready = packer.ready();
+            self.put_packed(ready)?;
+        }
+        Ok(())
+    }
+
+    /// Has the last blocks compressed and written.
+    fn finish_data(&mut self) -> Result<(), Error> {
+        while let Some(packer) = &mut self.packer {
+            let ready = packer.drain();
+            if !self.put_packed(ready)? {
+                break;
+            }
+        }
+        Ok(())
+    }
+
+    /// Writes a frame, if there is one.
+    fn put_packed(&mut self, ready: Result<Option<Packed>, Gone>) -> Result<bool, Error> {
+        let gone = |Gone| Error::misuse(self.place.target(), "data", "a thread that compresses is gone");
+        let Some(done) = ready.map_err(gone)? else {
+            return Ok(false);
+        };
+        self.frames.push(Frame {
+            offset: self.position,
+            stored: done.stored().len() as u32,
+            raw: done.raw_len,
+            stored_sum: done.stored_sum,
+            raw_sum: done.raw_sum,
+        });
+        self.put_stored(done.stored())?;
+        if let Some(packer) = &mut self.packer {
+            packer.recycle(done);
+        }
+        Ok(true)
+    }
+
+    /// Writes bytes as they are to be in the file: hashed block by block, each piece while it is still in the cache.
+    fn put_stored(&mut self, mut data: &[u8]) -> Result<(), Error> {
         while !data.is_empty() {
             let (piece, rest) = data.split_at(data.len().min(self.blocks.room()));
             self.blocks.update(piece);

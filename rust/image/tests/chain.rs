@@ -73,7 +73,7 @@ fn content(reader: &Reader) -> Vec<(u32, u64, Option<Vec<u8>>)> {
                 let begin = reader.read_block(offset, &mut block).unwrap();
                 let at = (offset - begin) as usize;
                 assert_eq!(block[at..at + 4096], bytes);
-                let (file, at) = reader.stored(offset).unwrap();
+                let (file, at) = reader.stored(offset).unwrap().unwrap();
                 let mut again = vec![0; 4096];
                 file.read_exact_at(&mut again, at).unwrap();
                 assert_eq!(again, bytes);

@@ -8,8 +8,8 @@ use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::thread;
 
-use support::{Scratch, small};
-use torpor_image::{Error, HeaderInfo, PageRun, Reader, SectionKind, Writer};
+use support::{Scratch, small, small_child};
+use torpor_image::{Compression, Error, HeaderInfo, PageRun, Reader, SectionKind, Writer};
 use xxhash_rust::xxh3::{Xxh3, xxh3_64};
 
 fn info() -> HeaderInfo {
@@ -510,4 +510,123 @@ fn a_hole_in_place_of_the_index_is_refused_at_its_first_record() {
     let error = check(&victim.path).unwrap_err();
     assert_eq!(error.section(), Some("page index"), "{error}");
     assert!(error.to_string().contains("no pages"), "{error}");
+}
+
+/// Every byte of a small image that is compressed and has a parent, and of that parent, flipped.
+#[test]
+fn every_flipped_byte_of_a_compressed_child_is_refused() {
+    let scratch = Scratch::new();
+    for how in [Compression::Lz4, Compression::Zstd(3)] {
+        let (parent, child) = (
+            scratch.join(&format!("{how}-parent")),
+            scratch.join(&format!("{how}-child")),
+        );
+        let parent_file = small(&parent, info()).path;
+        let path = small_child(&child, info(), &format!("../{how}-parent"), how).path;
+        check(&path).unwrap();
+        for file in [&path, &parent_file] {
+            let image = fs::read(file).unwrap();
+            let victim = Victim::new(file.clone(), &image);
+            for (at, byte) in image.iter().enumerate() {
+                victim.put(at, &[byte ^ 0x41]);
+                let error = check(&path)
+                    .err()
+                    .unwrap_or_else(|| panic!("{how}: byte {at} of {file:?}"));
+                assert_eq!(error.code(), "image-corrupt", "{how}: byte {at} of {file:?}: {error}");
+                victim.put(at, &[*byte]);
+            }
+            check(&path).unwrap();
+        }
+        check(&path).unwrap();
+    }
+}
+
+/// Where the record of the only frame is.
+fn frame_record(parts: &Layout) -> usize {
+    parts.sections.iter().find(|(name, ..)| name == "frames").unwrap().1
+}
+
+/// As [`reseal`], also the checksum of the stored bytes of the only frame: only what comes out of it is left to tell.
+fn reseal_frame(image: &mut [u8], parts: &Layout) {
+    let sum = xxh3_64(&image[4096..parts.data_end]);
+    let record = frame_record(parts);
+    image[record + 16..record + 24].copy_from_slice(&sum.to_le_bytes());
+    reseal_as(image, parts);
+}
+
+/// With all checksums of the file right, a changed frame does not come out as something else.
+#[test]
+fn a_forged_frame_is_refused_or_harmless() {
+    let scratch = Scratch::new();
+    small(&scratch.join("parent"), info());
+    for how in [Compression::Lz4, Compression::Zstd(3)] {
+        let image = fs::read(small_child(&scratch.join(&how.to_string()), info(), "../parent", how).path).unwrap();
+        let parts = layout(&image);
+        let dir = scratch.join(&format!("{how}-forged"));
+        fs::create_dir(&dir).unwrap();
+        let path = dir.join("checkpoint.img");
+        for at in (4096..parts.data_end).step_by(41) {
+            let mut forged = image.clone();
+            forged[at] ^= 0x41;
+            reseal_frame(&mut forged, &parts);
+            let reader = open_forged(&path, &forged).unwrap();
+            let mut block = Vec::new();
+            match (reader.verify(), reader.read_block(4096, &mut block)) {
+                (Err(error), Err(_)) => assert_eq!(error.code(), "image-corrupt", "{how} {at}"),
+                // Bits that the codec does not use: what came out is what went in, by its own checksum.
+                (Ok(()), Ok(_)) => {}
+                other => panic!("{how} {at}: {other:?}"),
+            }
+        }
+    }
+}
+
+fn open_forged(path: &Path, image: &[u8]) -> Result<Reader, Error> {
+    fs::write(path, image).unwrap();
+    Reader::open(path)
+}
+
+/// Every number of the frame table, set to what breaks careless arithmetic, with all checksums right.
+#[test]
+fn lying_frames_are_refused() {
+    let scratch = Scratch::new();
+    small(&scratch.join("parent"), info());
+    let image = fs::read(small_child(&scratch.join("child"), info(), "../parent", Compression::Lz4).path).unwrap();
+    let parts = layout(&image);
+    let record = frame_record(&parts);
+    let dir = scratch.join("lying");
+    fs::create_dir(&dir).unwrap();
+    let check = |lying: &[u8]| open_forged(&dir.join("checkpoint.img"), lying).and_then(|reader| reader.verify());
+    for field in [0, 8, 12] {
+        let old = u32::from_le_bytes(image[record + field..record + field + 4].try_into().unwrap());
+        for lie in [0, 1, old - 1, old + 1, 1 << 20, (1 << 20) + 1, 1 << 30, u32::MAX] {
+            let mut lying = image.clone();
+            lying[record + field..record + field + 4].copy_from_slice(&lie.to_le_bytes());
+            reseal(&mut lying);
+            assert_eq!(
+                check(&lying).unwrap_err().code(),
+                "image-corrupt",
+                "{lie:#x} in {field}"
+            );
+        }
+    }
+    // A frame table without a word in the header, and the other way round.
+    for (from, to) in [("lz4", "zst"), ("\"lz4\"", "     "), (",\"lz4\"", "      ")] {
+        let mut lying = image.clone();
+        let at = lying
+            .windows(from.len())
+            .position(|window| window == from.as_bytes())
+            .unwrap();
+        lying[at..at + from.len()].copy_from_slice(to.as_bytes());
+        reseal(&mut lying);
+        assert!(
+            ["image-corrupt", "image-version"].contains(&check(&lying).unwrap_err().code()),
+            "{from}"
+        );
+    }
+    let mut twice = image.clone();
+    let at = twice.windows(5).position(|window| window == b"\"lz4\"").unwrap();
+    twice[at..at + 5].copy_from_slice(b"\"zst\"");
+    reseal(&mut twice);
+    assert_eq!(check(&twice).unwrap_err().code(), "image-version");
 }

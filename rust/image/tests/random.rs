@@ -28,7 +28,7 @@ fn step() -> impl Strategy<Value = Step> {
 }
 
 fn sections() -> impl Strategy<Value = BTreeMap<String, Vec<String>>> {
-    let name = "[a-z0-9._-]{1,32}".prop_filter("reserved", |name| name != "pages");
+    let name = "[a-z0-9._-]{1,32}".prop_filter("reserved", |name| name != "pages" && name != "frames");
     prop::collection::btree_map(name, prop::collection::vec(".{0,40}", 0..5), 0..6)
 }
 

@@ -17,7 +17,7 @@ use errors::Failure;
 #[pymodule]
 mod _core {
     #[pymodule_export]
-    use super::{build_info, checkpoint, inspect, is_frozen, peek, probe, restore, set_frozen, verify};
+    use super::{build_info, checkpoint, inspect, is_frozen, peek, probe, restore, set_frozen, squash, verify};
 }
 
 /// Which build this is.
@@ -70,6 +70,15 @@ fn peek(py: Python<'_>, path: &str) -> PyResult<String> {
 fn verify(py: Python<'_>, path: &str) -> PyResult<()> {
     let result = py.detach(|| Reader::open(Path::new(path)).and_then(|image| image.verify()));
     result.map_err(|e| Failure::from(torpor_engine::Error::from(e)).raise(py))
+}
+
+/// Folds a chain of images into one.
+#[pyfunction]
+fn squash(py: Python<'_>, request: &str) -> PyResult<String> {
+    let request = tracer::parse(py, request)?;
+    let result = py.detach(|| torpor_engine::squash::squash(&request));
+    let report = result.map_err(|e| Failure::from(e).raise(py))?;
+    serde_json::to_string(&report).map_err(|e| Failure::new("internal", e.to_string()).raise(py))
 }
 
 fn freezer(pid: i32) -> Result<Freezer, torpor_engine::Error> {

@@ -218,7 +218,8 @@ impl Aftermath {
     }
 }
 
-fn parse<T: for<'d> Deserialize<'d>>(py: Python<'_>, request: &str) -> PyResult<T> {
+/// A request of Python.
+pub fn parse<T: for<'d> Deserialize<'d>>(py: Python<'_>, request: &str) -> PyResult<T> {
     serde_json::from_str(request).map_err(|e| Failure::new("internal", format!("request: {e}")).raise(py))
 }
 

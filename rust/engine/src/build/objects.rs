@@ -5,9 +5,8 @@ use std::os::fd::OwnedFd;
 use std::os::unix::fs::FileExt;
 
 use torpor_image::Reader;
-use torpor_sys::mem::Mapping;
 use torpor_sys::remote::Batch;
-use torpor_sys::{PAGE_SIZE, fd, pidfd, proc};
+use torpor_sys::{fd, pidfd, proc};
 
 use super::Skeleton;
 use crate::bounds::Bounds;
@@ -18,6 +17,7 @@ use crate::kinds::{
     console, creds, epoll, eventfd, files, inet, locks, pidfd as pidfds, pipe, shared, signalfd, timerfd, unix,
 };
 use crate::model::Inventory;
+use crate::source;
 use crate::stage::Cancel;
 
 /// Descriptors of ours, by the indices of the inventory.
@@ -88,12 +88,13 @@ fn fill(file: &OwnedFd, image: &Reader, space: u32, size: u64) -> Result<()> {
         .map_err(|e| torpor_sys::Error::io("dup", "shared object", &e));
     let file = std::fs::File::from(file.about(1, "shared object")?);
     for run in image.runs_of(space).iter().filter(|r| !r.is_zero()) {
-        let (stored, offset) = image.stored(run.offset)?;
-        let data = Mapping::of(stored, offset, (run.pages * PAGE_SIZE) as usize).about(1, "image")?;
-        let len = data.bytes().len().min(size.saturating_sub(run.start) as usize);
-        file.write_all_at(&data.bytes()[..len], run.start)
-            .map_err(|e| torpor_sys::Error::io("write", "shared object", &e))
-            .about(1, "shared object")?;
+        source::each(image, 1, run.offset, run.bytes(), |at, bytes| {
+            let start = run.start + at;
+            let len = bytes.len().min(size.saturating_sub(start) as usize);
+            file.write_all_at(&bytes[..len], start)
+                .map_err(|e| torpor_sys::Error::io("write", "shared object", &e))
+                .about(1, "shared object")
+        })?;
     }
     Ok(())
 }

@@ -1,10 +1,10 @@
-//! The images of `tests/golden`: `v1` has everything that format 1.0 has, `v1.1` is a chain of three, with the same bytes on every machine and every day.
+//! The images of `tests/golden`: `v1` has everything that format 1.0 has, `v1.1` is a chain of three, and compressed images, with the same bytes on every machine and every day.
 
 use std::collections::BTreeMap;
 use std::path::Path;
 
 use serde::{Deserialize, Serialize};
-use torpor_image::{BlobRef, Committed, Error, HeaderInfo, PageRun, Writer};
+use torpor_image::{BlobRef, Committed, Compression, Error, HeaderInfo, PageRun, Writer};
 
 #[derive(Debug, PartialEq, Serialize, Deserialize)]
 pub struct Metadata {
@@ -87,7 +87,7 @@ pub fn chained_runs() -> [PageRun; 3] {
     ]
 }
 
-/// Writes the chain into the directories `first`, `middle` and `last` of `dir`.
+/// Writes the chain into the directories `first`, `middle` and `last` of `dir`, and compressed images into `lz4` and `zstd`.
 pub fn write_chain(dir: &Path) -> Result<(), Error> {
     write(&dir.join("first"))?;
     let child = |name: &str, parent: &str, number: u8| {
@@ -108,5 +108,23 @@ pub fn write_chain(dir: &Path) -> Result<(), Error> {
     last.inherit((1, 0x40_1000), (1, 0x40_1000), 1)?;
     last.inherit((1, 0x7fff_f000_0000), (3, 0x7fff_f000_0000), 1)?;
     last.commit()?;
+    for (name, how) in [("lz4", Compression::Lz4), ("zstd", Compression::Zstd(3))] {
+        let mut writer = Writer::create(&dir.join(name), header())?;
+        writer.compress(how)?;
+        let data = writer.append_pages(&packed_pages())?;
+        writer.push_run(PageRun::data(1, 0x40_0000, data, packed_pages().len() as u64 / 4096));
+        writer.commit()?;
+    }
     Ok(())
+}
+
+/// Three frames: two whole ones, a short one that is stored as it is.
+pub fn packed_pages() -> Vec<u8> {
+    let mut pages: Vec<u8> = (0..512_u32).flat_map(|number| page((number / 64) as u8)).collect();
+    let mut state = 1_u64;
+    pages.extend((0..4096).map(|_| {
+        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+        (state >> 56) as u8
+    }));
+    pages
 }

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU32, Ordering};
 
 use serde::{Deserialize, Serialize};
-use torpor_image::{BlobRef, Committed, HeaderInfo, PageRun, Writer};
+use torpor_image::{BlobRef, Committed, Compression, HeaderInfo, PageRun, Writer};
 
 pub struct Scratch(PathBuf);
 
@@ -55,7 +55,18 @@ pub fn page(seed: u8) -> Vec<u8> {
 
 /// An image with everything in it: a page, a blob that leaves padding, another page, zero pages, two sections.
 pub fn small(dir: &Path, info: HeaderInfo) -> Committed {
-    let mut writer = Writer::create(dir, info).unwrap();
+    fill(Writer::create(dir, info).unwrap())
+}
+
+/// The same, compressed and with a parent in the directory `parent` beside it.
+pub fn small_child(dir: &Path, info: HeaderInfo, parent: &str, how: Compression) -> Committed {
+    let mut writer = Writer::create_child(dir, info, parent.as_ref()).unwrap();
+    writer.compress(how).unwrap();
+    writer.inherit((2, 0x7000_0000), (2, 0x7000_1000), 1).unwrap();
+    fill(writer)
+}
+
+fn fill(mut writer: Writer) -> Committed {
     let first = writer.append_pages(&page(1)).unwrap();
     let blob = writer.append_blob(BLOB).unwrap();
     writer.push_run(PageRun::data(2, 0x7000_0000, first, 1));
