@@ -15,6 +15,7 @@ PYTHON ?= /usr/bin/python3.11
 # Extra arguments for pytest: make test ARGS="-k redis -x"
 ARGS ?=
 ROUNDS ?= 200
+CYCLES ?= 300
 
 LAUNCHER := python/torpor/_bin/torpor-launcher
 RUST_SOURCES   := Cargo.toml $(wildcard Cargo.lock) $(shell find rust -name '*.rs' -o -name Cargo.toml -o -name build.rs 2>/dev/null)
@@ -100,8 +101,9 @@ bench: $(STAMPS)/installed ## The targets table, next to raw I/O; writes docs/be
 	$(BIN)/python benches/bench.py $(ARGS)
 
 .PHONY: soak
-soak: $(STAMPS)/installed ## Kill torpor at random moments, ROUNDS=200 times each
+soak: $(STAMPS)/installed ## Kill torpor at random moments, ROUNDS=200 times each; then CYCLES=300 of checkpoint and restore
 	TORPOR_SOAK_ROUNDS=$(ROUNDS) $(BIN)/python -m pytest -m 'soak or not soak' tests/integration/test_never_harm.py -s $(ARGS)
+	TORPOR_SOAK_ROUNDS=$(CYCLES) $(BIN)/python -m pytest -m soak tests/integration/test_soak.py -s $(ARGS)
 
 .PHONY: clean
 clean: ## Remove what was built (not .venv)

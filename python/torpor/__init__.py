@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
     from .api import Checkpoint as Checkpoint
     from .api import Container as Container
+    from .api import PendingCheckpoint as PendingCheckpoint
     from .api import Process as Process
     from .api import inspect as inspect
     from .api import list_containers as list_containers
@@ -40,6 +41,7 @@ __version__ = "0.1.0"
 _HOME = {
     "Checkpoint": "api",
     "Container": "api",
+    "PendingCheckpoint": "api",
     "Process": "api",
     "inspect": "api",
     "list_containers": "api",
@@ -67,6 +69,7 @@ __all__ = [
     "InterruptedCheckpoint",
     "KernelError",
     "LauncherError",
+    "PendingCheckpoint",
     "Process",
     "RefusedError",
     "SpecError",

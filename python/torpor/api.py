@@ -18,7 +18,7 @@ import os
 
 from . import create, plan, quick_json
 from .config import Config
-from .container import Checkpoint, Container, Process, load_all, stdio_of
+from .container import Checkpoint, Container, PendingCheckpoint, Process, load_all, stdio_of
 from .errors import ImageError, InternalError, StateError, UsageError
 from .state import check_id
 
@@ -29,7 +29,18 @@ if TYPE_CHECKING:
 
     from .plan import Plan
 
-__all__ = ["Checkpoint", "Container", "Process", "check_id", "inspect", "list_containers", "restore", "run", "squash"]
+__all__ = [
+    "Checkpoint",
+    "Container",
+    "PendingCheckpoint",
+    "Process",
+    "check_id",
+    "inspect",
+    "list_containers",
+    "restore",
+    "run",
+    "squash",
+]
 
 
 def run(

@@ -356,8 +356,6 @@ class Container:
             KernelError: `no-space`, `permission` or `kernel`.
             InterruptedCheckpoint: a process died or could not be stopped, or the tracer was killed.
         """
-        if not image_path:
-            raise UsageError("an image path is required: give the directory to write the image to", code="bad-flag")
         leave_running = leave_running or pre_dump
         if track and not leave_running:
             raise UsageError(
@@ -367,43 +365,97 @@ class Container:
             )
         from .compression import check
 
-        compression = check(compression, "compression")
+        wishes = {
+            "leave_running": leave_running,
+            "capture": capture or None,
+            "parent_path": parent_path or None,
+            "pre_dump": pre_dump,
+            "track": track or pre_dump,
+            "tcp_established": tcp_established,
+            "tcp_skip_in_flight": tcp_skip_in_flight,
+            "compression": check(compression, "compression"),
+        }
+        return Checkpoint(image_path, self._checkpoint(image_path, wishes))
+
+    def checkpoint_detached(
+        self,
+        image_path: str,
+        capture: str = "",
+        *,
+        parent_path: str = "",
+        tcp_established: bool = False,
+        tcp_skip_in_flight: bool = False,
+        compression: str = "none",
+    ) -> PendingCheckpoint:
+        """`checkpoint` with `leave_running`, but return as soon as the container runs again. The rest is done by a
+        process of its own, also when this one ends; `wait` of what is returned, and `wait_checkpoint`, wait for it.
+        Errors as `checkpoint`; those that come later, `wait` raises.
+        """
+        from .compression import check
+
+        wishes = {
+            "leave_running": True,
+            "capture": capture or None,
+            "parent_path": parent_path or None,
+            "tcp_established": tcp_established,
+            "tcp_skip_in_flight": tcp_skip_in_flight,
+            "compression": check(compression, "compression"),
+        }
+        report = self._checkpoint(image_path, wishes, detach=True)
+        return PendingCheckpoint(self, image_path, report["pause_us"] / 1e6)
+
+    def wait_checkpoint(self) -> Checkpoint | None:
+        """Wait until no checkpoint is at work. The image of a detached one; None when the last was none.
+
+        Raises:
+            StateError: `not-found`.
+            what `checkpoint` raises: the detached one has failed, and the container runs on.
+        """
+        from . import detached
+
+        done = detached.wait(self.home)
+        return None if done is None else Checkpoint(*done)
+
+    def _checkpoint(self, image_path: str, wishes: dict[str, Any], *, detach: bool = False) -> dict[str, Any]:
+        """`wishes` are fields of the engine's request."""
+        if not image_path:
+            raise UsageError("an image path is required: give the directory to write the image to", code="bad-flag")
+        path = os.path.abspath(image_path)
         with self.home as home:
             state = self.refresh()
             states.may("checkpoint", self.id, state.status)
-            from . import _core, pager, tracker
+            from . import _core, detached, pager, tracker
 
             # Memory that has not come yet cannot be saved.
             pager.wait(home)
-            made = _make_image_directory(os.path.abspath(image_path))
+            made = _make_image_directory(path)
             request = {
+                **wishes,
                 "pid": state.pid,
-                "image_path": os.path.abspath(image_path),
-                "leave_running": leave_running,
-                "capture": capture or None,
-                "parent_path": parent_path or None,
-                "pre_dump": pre_dump,
-                "track": track or pre_dump,
+                "image_path": path,
                 "tracker": home.file(tracker.NOTE),
-                "tcp_established": tcp_established,
-                "tcp_skip_in_flight": tcp_skip_in_flight,
-                "compression": compression,
                 "spec": self.spec(),
                 "container": {"id": self.id, "flags": state.flags},
             }
+            if detach:
+                request["detached"] = detached.begin(home, home.lock_fd, made)
+            else:
+                detached.forget(home)
             try:
-                report = quick_json.loads(_core.checkpoint(quick_json.dumps(request)))
+                report: dict[str, Any] = quick_json.loads(_core.checkpoint(quick_json.dumps(request)))
             except BaseException:
-                for path in made:
-                    _remove_if_empty(path)
+                for directory in made:
+                    _remove_if_empty(directory)
                 raise
             log.debug(f"checkpoint of {self.id}: {report}")
-            if not leave_running:
+            if detach:
+                detached.note(home, image_path, report["tracer"], state.pid)
+            if not wishes["leave_running"]:
                 # The engine ends it with status 0: to sleep is no failure (runsc does the same).
                 state.status, state.exit_status = "stopped", 0
                 home.write(state)
                 self._state = state
-        return Checkpoint(image_path, report)
+        return report
 
     # ---- its end
     # ------------------------------------------------------------------------------------------------------------------
@@ -510,6 +562,33 @@ class Process:
         if not self.supervisor.wait(timeout):
             raise TimeoutError(f"process {self.pid} still runs after {timeout} seconds")
         return self.supervisor.reap()
+
+
+class PendingCheckpoint:
+    """A checkpoint of a container that runs again, while its image is still being written."""
+
+    __slots__ = ("_container", "path", "pause_seconds")
+
+    def __init__(self, container: Container, path: str, pause_seconds: float) -> None:
+        self._container = container
+        self.path = path
+        # How long the container stood still.
+        self.pause_seconds = pause_seconds
+
+    def __repr__(self) -> str:
+        return f"<torpor.PendingCheckpoint {self.path!r}>"
+
+    def wait(self) -> Checkpoint:
+        """Return when the image is complete.
+
+        Raises:
+            what `Container.checkpoint` raises: it has failed, and the container runs on.
+            StateError: `not-found`, the container was deleted before; `bad-state`, another checkpoint came after it.
+        """
+        done = self._container.wait_checkpoint()
+        if done is None or done.path != self.path:
+            raise StateError(f"another checkpoint of {self._container.id!r} came after this one", code="bad-state")
+        return done
 
 
 class Checkpoint:

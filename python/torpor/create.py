@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 class Filling:
     """How a restore brings memory, and what it leaves out."""
 
-    __slots__ = ("background", "record_working_set", "tcp_close", "track")
+    __slots__ = ("background", "record_working_set", "restored", "tcp_close", "track")
 
     def __init__(
         self,
@@ -37,6 +37,7 @@ class Filling:
         record_working_set: bool = False,
         track: bool = False,
         tcp_close: bool = False,
+        restored: Callable[[dict[str, Any]], None] | None = None,
     ) -> None:
         # The program runs before its memory is there.
         self.background = background
@@ -44,6 +45,8 @@ class Filling:
         self.record_working_set = record_working_set
         # TCP connections that lead out of the container are closed.
         self.tcp_close = tcp_close
+        # Called with the engine's report when the program runs.
+        self.restored = restored
         # What it writes to from then on is noted, for an incremental checkpoint.
         self.track = track
         if track and background:
@@ -224,6 +227,8 @@ def _fill(
     log.debug(f"restored {image} into {state.id}: {report}")
     if report["background"]:
         pager.note(home, report["pager"])
+    if filling.restored is not None:
+        filling.restored(report)
     for warning in report.get("warnings") or []:
         log.warning(warning)
     try:

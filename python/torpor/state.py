@@ -233,6 +233,11 @@ class Home:
                 object="damaged",
             ) from None
 
+    @property
+    def lock_fd(self) -> int:
+        """The descriptor that holds the lock, for who is to hold it on; -1 when it is not held."""
+        return self._lock
+
     def write(self, state: State) -> None:
         """Replace state.json in one step: a reader sees the old one or the new one."""
         replace_file(self.file("state.json"), state.to_json().encode(), 0o640)

@@ -147,6 +147,7 @@ WORKLOADS = {
         _c("rlimits"), _c("memory"), _c("memfd"), _c("deleted"), _c("files"), _c("pipes"), _c("events"), _c("unixsock"), _c("inetsock"), _c("tcp"),
         _c("sessions"), _c("robust"), _c("rseq"), _c("paging"), _c("late"), _c("tracked"), _c("advice"),
         _c("clocks"), _c("waits"),
+        _c("alone"), _c("churn"),
         _c("timerfds"), _c("posixtimers"), _c("pidfds"), _c("watches"), _c("locks"), _c("owners"),
         # Where real-time groups are on, a group has no real-time processes unless it is given time for them.
         Workload("scheduling", ("/bin/scheduling",), "busybox", cpu=(("realtimeRuntime", 10000), ("realtimePeriod", 1000000))),

@@ -34,6 +34,8 @@ _REFUSED: Refused = (
 FLAGS = (
     Flag("image-path", TEXT, "directory to write the image to"),
     Flag("leave-running", BOOL, "let the container go on afterwards"),
+    Flag("detach", BOOL, "with --leave-running: return as soon as the container runs again; see wait --checkpoint"),
+    Flag("stats", BOOL, "print what each stage took"),
     Flag("capture", TEXT, "how --leave-running reads memory; stop if it is little", choices=("background", "stop")),
     Flag("parent-path", TEXT, "directory of an earlier image, relative to --image-path, to go on from"),
     Flag("track", BOOL, "with --leave-running: note what is written to from now on, for the next --parent-path"),
@@ -74,12 +76,23 @@ def execute(config: Config, flags: Parsed) -> int:
         )
     compression.check(flags.text("compression"))
     check_empty_ns(flags)
+    _check_detach(flags)
     found = container(config, container_id)
     heed_annotations(found.refresh().annotations, flags)
     from torpor import criu
 
     with WorkLog(flags.text("work-path"), "dump.log") as work_log:
         path = os.path.abspath(image)
+        if flags.on("detach"):
+            pending = found.checkpoint_detached(
+                path,
+                capture=flags.text("capture"),
+                parent_path=flags.text("parent-path"),
+                tcp_established=flags.on("tcp-established"),
+                tcp_skip_in_flight=flags.on("tcp-skip-in-flight"),
+            )
+            work_log.note(f"writing {path}, after a pause of {pending.pause_seconds * 1000:.1f} ms")
+            return 0
         old = flags.text("work-path") and os.path.isfile(os.path.join(path, "checkpoint.img"))
         # Beside the old one: a parent path is the same from there.
         saved = found.checkpoint(
@@ -103,6 +116,10 @@ def execute(config: Config, flags: Parsed) -> int:
 
     for warning in saved.warnings:
         log.warning(warning)
+    if flags.on("stats"):
+        from torpor import stats
+
+        print(stats.table(saved.report), end="")
     return 0
 
 
@@ -135,6 +152,19 @@ def heed_annotations(annotations: Mapping[str, str], flags: Parsed) -> None:
             raise UsageError(f"annotation {annotation}={value}: {e}", code="bad-flag", object=annotation) from None
         if not known:
             log.warning(f"annotation {annotation}={value} is not supported and has no effect")
+
+
+def _check_detach(flags: Parsed) -> None:
+    if not flags.on("detach"):
+        return
+    why = "" if flags.on("leave-running") else "--detach needs --leave-running: otherwise nothing runs meanwhile"
+    for name in ("track", "pre-dump"):
+        if flags.on(name):
+            why = f"--{name} needs a checkpoint that is waited for: leave --detach out"
+    if flags.on("stats"):
+        why = "--stats needs a checkpoint that is waited for: leave --detach out"
+    if why:
+        raise UsageError(why, code="bad-flag", object="--detach")
 
 
 def _replace(new: str, path: str) -> None:

@@ -16,6 +16,8 @@ from .run import forget, start
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from typing import Any
+
     from torpor.config import Config
     from torpor.container import Container
     from torpor.create import Options
@@ -38,6 +40,7 @@ FLAGS = (
     Flag("record-working-set", BOOL, "with --background: note beside the image what is touched first"),
     Flag("track", BOOL, "note what is written to from now on, for a checkpoint with --parent-path"),
     Flag("parent-path", TEXT, "accepted; an image knows its parent"),
+    Flag("stats", BOOL, "print what each stage took, on stderr: stdout is the program's"),
     Flag("direct", BOOL, "accepted; torpor chooses how to do its I/O"),
     Flag("tcp-established", BOOL, "accepted; connections that the image keeps come back"),
     Flag("tcp-close", BOOL, "close TCP connections that lead out of the container"),
@@ -116,7 +119,17 @@ def _filling(flags: Parsed) -> create.Filling:
         record_working_set=flags.on("record-working-set"),
         track=flags.on("track"),
         tcp_close=flags.on("tcp-close"),
+        restored=_print_stats if flags.on("stats") else None,
     )
+
+
+def _print_stats(report: dict[str, Any]) -> None:
+    import sys
+
+    from torpor import stats
+
+    sys.stderr.write(stats.table(report))
+    sys.stderr.flush()
 
 
 def _check_lsm(flags: Parsed) -> None:

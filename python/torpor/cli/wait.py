@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 USAGE = "[flags] ID"
 FLAGS = (
-    Flag("checkpoint", BOOL, "wait for a checkpoint that is being written, instead"),
+    Flag("checkpoint", BOOL, "wait for a checkpoint that is being written, instead, and fail if a detached one has"),
     Flag("restore", BOOL, "wait for a restore that is at work, instead"),
     Flag("rootpid", NUMBER, "wait for the process with this host pid, instead", default=-1),
     Flag("pid", NUMBER, "wait for the process with this pid in the container, instead", default=-1),
@@ -26,14 +26,14 @@ FLAGS = (
 
 def execute(config: Config, flags: Parsed) -> int:
     found = container(config, one_id(flags))
-    if flags.on("checkpoint") or flags.on("restore"):
-        # Both hold the container's lock for as long as they are at work.
+    if flags.on("checkpoint"):
+        found.wait_checkpoint()
+        return 0
+    if flags.on("restore"):
+        # It holds the container's lock until the program runs.
         with found.home:
             pass
-        if flags.on("restore"):
-            from torpor import pager
-
-            pager.wait(found.home)
+        found.wait_restored()
         return 0
     if flags.number("rootpid") >= 0 and flags.number("pid") >= 0:
         raise UsageError("give either --pid or --rootpid")

@@ -135,20 +135,26 @@ pub struct Saved {
     pub tracker: Option<Tracker>,
 }
 
-/// Saves a container. When this returns an error the container runs on and no image exists.
-pub fn checkpoint(request: &Request, cancel: &Cancel) -> Result<Saved> {
+/// Saves a container. When this returns an error the container runs on and no image exists. `on_running` is called when
+/// one that goes on does so, with how long it stood still: what is left then is done beside it.
+pub fn checkpoint(request: &Request, cancel: &Cancel, on_running: &mut dyn FnMut(Duration)) -> Result<Saved> {
     // A watch shows in the flags of a mapping and not in those of its twin: then nothing is read in advance.
     let tracks = request.track || Tracking::find(&request.tracker)?.is_at_work();
     let in_advance = !tracks && request.mode(false, false) == Capture::Background;
-    match attempt(request, in_advance, cancel)? {
+    match attempt(request, in_advance, cancel, on_running)? {
         Some(saved) => Ok(saved),
         // What was read before the pause was not true in it: now it is read in the pause.
-        None => attempt(request, false, cancel)?.ok_or_else(|| Error::nonsense("nothing was assumed")),
+        None => attempt(request, false, cancel, on_running)?.ok_or_else(|| Error::nonsense("nothing was assumed")),
     }
 }
 
 /// `None` when what was read in advance has turned out to be wrong.
-fn attempt(request: &Request, in_advance: bool, cancel: &Cancel) -> Result<Option<Saved>> {
+fn attempt(
+    request: &Request,
+    in_advance: bool,
+    cancel: &Cancel,
+    on_running: &mut dyn FnMut(Duration),
+) -> Result<Option<Saved>> {
     let mut run = Run::new(cancel);
     torpor_sys::fd::raise_limit();
     // Before anything is stopped: a directory that cannot take an image is the commonest mistake.
@@ -198,6 +204,9 @@ fn attempt(request: &Request, in_advance: bool, cancel: &Cancel) -> Result<Optio
                     Some(frozen)
                 };
                 pause = since.elapsed();
+                if frozen.is_none() {
+                    on_running(pause);
+                }
                 frozen
             }
             Capture::Background => {
@@ -207,6 +216,7 @@ fn attempt(request: &Request, in_advance: bool, cancel: &Cancel) -> Result<Optio
                 pause = since.elapsed();
                 confirmed = twins.confirm(&collected.sources)?;
                 if confirmed {
+                    on_running(pause);
                     let twin = |pid| twins.of(pid);
                     captured.add(&capture::from(&collected, &base, twin, &mut writer, cancel)?);
                     huge::collect(&mut collected, twin)?;

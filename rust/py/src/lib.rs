@@ -17,7 +17,9 @@ use errors::Failure;
 #[pymodule]
 mod _core {
     #[pymodule_export]
-    use super::{build_info, checkpoint, inspect, is_frozen, peek, probe, restore, set_frozen, squash, verify};
+    use super::{
+        build_info, checkpoint, inspect, is_frozen, peek, probe, put_right, restore, set_frozen, squash, verify,
+    };
 }
 
 /// Which build this is.
@@ -43,6 +45,12 @@ fn probe(py: Python<'_>) -> String {
 #[pyfunction]
 fn checkpoint(py: Python<'_>, request: &str) -> PyResult<String> {
     tracer::checkpoint(py, request)
+}
+
+/// Puts right what the killed tracer of a detached checkpoint has left in the container whose init is `pid`.
+#[pyfunction]
+fn put_right(py: Python<'_>, pid: i32) {
+    py.detach(|| tracer::put_right(pid));
 }
 
 /// Restores an image into a waiting container. `on_loaded` is called when all is there and nothing runs yet.

@@ -30,6 +30,8 @@ const GRACE: Duration = Duration::from_secs(15);
 enum Message {
     /// Restored and stopped: may it run?
     Loaded,
+    /// Saved so far that the container runs again, after so many microseconds; the caller need not wait for the rest.
+    Running(u64),
     Done(Value),
     Failed(Failure),
 }
@@ -86,10 +88,11 @@ struct Tracer {
 }
 
 /// Forks a process that runs `work`. `work` gets the line to us and a flag that rises when we are gone.
-fn start(work: impl FnOnce(&mut Caller, &Cancel) -> Ending) -> Result<Tracer, Failure> {
+/// It keeps `lock` open, when there is one, until it ends.
+fn start(lock: Option<i32>, work: impl FnOnce(&mut Caller, &Cancel) -> Ending) -> Result<Tracer, Failure> {
     let failed = |e: torpor_sys::Error| Failure::new("kernel", e.to_string());
     let (ours, theirs) = fork::socket_pair().map_err(failed)?;
-    let pid = fork::fork(|| in_tracer(theirs, work)).map_err(failed)?;
+    let pid = fork::fork(|| in_tracer(theirs, lock, work)).map_err(failed)?;
     Ok(Tracer {
         pid,
         socket: File::from(ours),
@@ -97,8 +100,9 @@ fn start(work: impl FnOnce(&mut Caller, &Cancel) -> Ending) -> Result<Tracer, Fa
     })
 }
 
-fn in_tracer(socket: OwnedFd, work: impl FnOnce(&mut Caller, &Cancel) -> Ending) -> i32 {
-    if fork::become_independent(c"torpor-tracer", &[socket.as_raw_fd()]).is_err() {
+fn in_tracer(socket: OwnedFd, lock: Option<i32>, work: impl FnOnce(&mut Caller, &Cancel) -> Ending) -> i32 {
+    let keep: Vec<i32> = lock.into_iter().chain([socket.as_raw_fd()]).collect();
+    if fork::become_independent(c"torpor-tracer", &keep).is_err() {
         return 1;
     }
     wait::block_sigchld();
@@ -206,7 +210,9 @@ impl Aftermath {
         }
         // Twins ended with their tracer; their zombies need another one.
         let init = self.init;
-        let reaper = start(move |_, _| conclude(torpor_engine::twin::reap_orphans(init)).into());
+        let reaper = start(None, move |_, _| {
+            conclude(torpor_engine::twin::reap_orphans(init)).into()
+        });
         if let Ok(Tracer { pid, socket, .. }) = reaper {
             while matches!(fork::read_for(&socket, 10_000), Ok(Some(bytes)) if !bytes.is_empty()) {}
             let _ = fork::wait_child(pid);
@@ -250,8 +256,11 @@ fn attend(
             other => break other,
         }
     };
-    let goes_on = |report: &Value| report["background"] == true || report["tracked"] == true;
-    let works_on = matches!(&outcome, Ok(Some(Message::Done(report))) if goes_on(report));
+    let works_on = match &outcome {
+        Ok(Some(Message::Done(report))) => report["background"] == true || report["tracked"] == true,
+        Ok(Some(Message::Running(_))) => true,
+        _ => false,
+    };
     let pager = tracer.pid;
     tracer.end(py, works_on);
     if let Some(e) = refused {
@@ -264,6 +273,7 @@ fn attend(
             }
             Ok(report.to_string())
         }
+        Some(Message::Running(us)) => Ok(serde_json::json!({"pause_us": us, "tracer": pager}).to_string()),
         Some(Message::Failed(failure)) => Err(failure.raise(py)),
         Some(Message::Loaded) | None => {
             py.detach(|| aftermath.put_right());
@@ -273,17 +283,64 @@ fn attend(
     }
 }
 
+/// A checkpoint whose caller goes when the container runs again.
+#[derive(Debug, Deserialize)]
+struct Detached {
+    /// Where the result is left.
+    report: PathBuf,
+    /// A descriptor that holds the container's lock: it is held until all is done.
+    lock: i32,
+    /// Directories made for the image, innermost first: they go when it comes to nothing.
+    made: Vec<PathBuf>,
+}
+
+#[derive(Debug, Deserialize)]
+struct AsDetached {
+    #[serde(default)]
+    detached: Option<Detached>,
+}
+
+impl Detached {
+    fn leave_word(&self, message: &Message) {
+        if matches!(message, Message::Failed(_)) {
+            for directory in &self.made {
+                // Only what is empty goes.
+                let _ = std::fs::remove_dir(directory);
+            }
+        }
+        leave(&self.report, message);
+    }
+}
+
 pub fn checkpoint(py: Python<'_>, request: &str) -> PyResult<String> {
+    let detached: Option<Detached> = parse::<AsDetached>(py, request)?.detached;
     let request: torpor_engine::checkpoint::Request = parse(py, request)?;
     let aftermath = Aftermath::of(request.pid, Some(&request.image_path));
-    let work = |_: &mut Caller, cancel: &Cancel| match torpor_engine::checkpoint(&request, cancel) {
-        Err(error) => Message::Failed(error.into()).into(),
-        Ok(saved) => Ending {
-            message: conclude(Ok(saved.report)),
-            after: saved.tracker.map(hold),
-        },
+    let work = |caller: &mut Caller, cancel: &Cancel| {
+        let mut told = false;
+        let result = torpor_engine::checkpoint(&request, cancel, &mut |pause| {
+            if detached.is_some() {
+                let us = pause.as_micros().try_into().unwrap_or(u64::MAX);
+                caller.settled.store(true, Ordering::Release);
+                told = caller.tell(&Message::Running(us)).is_ok();
+                if !told {
+                    cancel.cancel();
+                }
+            }
+        });
+        let (message, tracker) = match result {
+            Err(error) => (Message::Failed(error.into()), None),
+            Ok(saved) => (conclude(Ok(saved.report)), saved.tracker),
+        };
+        if let (Some(detached), true) = (&detached, told) {
+            detached.leave_word(&message);
+        }
+        Ending {
+            message,
+            after: tracker.map(hold),
+        }
     };
-    let tracer = start(work).map_err(|f| f.raise(py))?;
+    let tracer = start(detached.as_ref().map(|d| d.lock), work).map_err(|f| f.raise(py))?;
     attend(py, tracer, &aftermath, &mut |_| Ok(()))
 }
 
@@ -322,7 +379,7 @@ pub fn restore(py: Python<'_>, request: &str, on_loaded: &Py<PyAny>) -> PyResult
             }
         }
     };
-    let tracer = start(work).map_err(|f| f.raise(py))?;
+    let tracer = start(None, work).map_err(|f| f.raise(py))?;
     attend(py, tracer, &aftermath, &mut |py| on_loaded.call0(py).map(drop))
 }
 
@@ -334,13 +391,24 @@ fn hold(tracker: Tracker) -> Box<dyn FnOnce()> {
 /// Brings the rest of a container's memory and leaves word of how it went.
 fn page_in(pager: Pager, report: Option<PathBuf>) {
     let outcome = pager.finish();
-    let Some(path) = report else { return };
+    if let Some(path) = report {
+        leave(&path, &outcome);
+    }
+}
+
+/// Writes a report in one step.
+fn leave(path: &Path, report: &impl Serialize) {
     let partial = path.with_extension("partial");
     // Whoever waits sees that we are gone, in any case.
-    let written = serde_json::to_vec(&outcome).is_ok_and(|json| std::fs::write(&partial, json).is_ok());
+    let written = serde_json::to_vec(report).is_ok_and(|json| std::fs::write(&partial, json).is_ok());
     if written {
-        let _ = std::fs::rename(&partial, &path);
+        let _ = std::fs::rename(&partial, path);
     }
+}
+
+/// Puts right what a tracer has left that was killed when its caller was gone already.
+pub fn put_right(init: Pid) {
+    Aftermath::of(init, None).put_right();
 }
 
 /// Removes a half restored container whose owner is gone.
