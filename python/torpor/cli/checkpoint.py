@@ -90,6 +90,7 @@ def execute(config: Config, flags: Parsed) -> int:
                 parent_path=flags.text("parent-path"),
                 tcp_established=flags.on("tcp-established"),
                 tcp_skip_in_flight=flags.on("tcp-skip-in-flight"),
+                compression=flags.text("compression"),
             )
             work_log.note(f"writing {path}, after a pause of {pending.pause_seconds * 1000:.1f} ms")
             return 0
@@ -104,7 +105,7 @@ def execute(config: Config, flags: Parsed) -> int:
             track=flags.on("track"),
             tcp_established=flags.on("tcp-established"),
             tcp_skip_in_flight=flags.on("tcp-skip-in-flight"),
-            compression=compression.check(flags.text("compression")),
+            compression=flags.text("compression"),
         )
         if old:
             _replace(saved.path, path)
