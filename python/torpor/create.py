@@ -64,9 +64,6 @@ class Filling:
             )
 
 
-_CGROUP_V2 = "/sys/fs/cgroup/cgroup.controllers"
-
-
 class Options:
     """How a container is started, apart from what it is."""
 
@@ -374,15 +371,14 @@ class _Building:
 
 
 def _check_cgroup_driver(config: Config) -> None:
-    """libcontainer would take the systemd name of the cgroup for a path, where it cannot ask systemd.
+    """The check of sd_booted(3), which libcontainer makes only on cgroup v2.
 
     Raises:
         UsageError: `bad-flag`.
     """
-    if config.systemd_cgroup and not (os.path.isdir("/run/systemd/system") and os.path.exists(_CGROUP_V2)):
+    if config.systemd_cgroup and not os.path.isdir("/run/systemd/system"):
         raise UsageError(
-            "--systemd-cgroup needs systemd as init and cgroup v2: leave it out, and set the client's cgroup driver to "
-            "cgroupfs",
+            "--systemd-cgroup needs systemd as init: leave it out, and set the client's cgroup driver to cgroupfs",
             code="bad-flag",
             object="--systemd-cgroup",
         )

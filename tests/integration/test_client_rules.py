@@ -357,16 +357,6 @@ def test_pidfd_socket(torpor: Torpor, busybox: Callable[..., Path], tmp: Path) -
     torpor.wait_status(name, "stopped")
 
 
-@pytest.mark.skipif(
-    os.path.isdir("/run/systemd/system") and os.path.exists("/sys/fs/cgroup/cgroup.controllers"),
-    reason="has systemd and cgroup v2",
-)
-def test_the_systemd_driver_is_refused_where_it_cannot_work(torpor: Torpor, busybox: Callable[..., Path]) -> None:
-    bundle, name = busybox(["true"]), new_id()
-    torpor.fails("create", "--bundle", bundle, name, says="--systemd-cgroup needs systemd", top=["--systemd-cgroup"])
-    assert torpor.ids() == []
-
-
 def test_a_time_namespace(torpor: Torpor, busybox: Callable[..., Path]) -> None:
     def edit(config: dict[str, Any]) -> None:
         config["linux"]["namespaces"].append({"type": "time"})

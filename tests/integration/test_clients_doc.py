@@ -1,4 +1,4 @@
-"""The commands of docs/clients.md are run as they stand, on a machine whose /etc, /var/lib and /usr/local are copies."""
+"""The commands of docs/clients.md and of the README's sections on clients are run as they stand, on a machine whose /etc, /var/lib and /usr/local are copies."""
 
 import fnmatch
 import os
@@ -17,9 +17,13 @@ from support.docker import CLIENT
 
 pytestmark = [pytest.mark.requires("root", "command:busybox", "command:unshare"), pytest.mark.timeout(180)]
 
-BLOCKS = dict(
-    re.findall(r"<!-- tested: (\S+) -->\n```\w+\n(.*?)```", (REPO / "docs" / "clients.md").read_text(), re.DOTALL)
-)
+
+def blocks(document: str) -> dict[str, str]:
+    return dict(re.findall(r"<!-- tested: (\S+) -->\n```\w+\n(.*?)```", (REPO / document).read_text(), re.DOTALL))
+
+
+BLOCKS = blocks("docs/clients.md")
+README = blocks("README.md")
 
 # Copies of what is written to; what containers are kept in must not be an overlay itself.
 PREPARE = """
@@ -33,6 +37,9 @@ mkdir -p /var/lib/containers /etc/containers
 mount -t tmpfs tmpfs /var/lib/containers
 printf '[engine]\\ncgroup_manager = "cgroupfs"\\nevents_logger = "none"\\n[containers]\\ncgroups = "no-conmon"\\n' > /etc/containers/containers.conf
 rm -f /etc/docker/daemon.json
+# a machine without criu
+rm -f /usr/local/*bin/criu
+if criu=$(command -v criu); then mount --bind /dev/null "$criu"; fi
 exec sleep infinity
 """
 
@@ -96,9 +103,11 @@ def test_there_are_blocks() -> None:
         "docker-new",
         "containerd",
         "podman",
+        "podman-previous",
         "kubernetes-containerd",
         "kubernetes",
     ]
+    assert list(README) == ["docker", "containerd", "podman", "kubernetes-node", "kubernetes"]
 
 
 @pytest.mark.requires("command:dockerd", "command:docker")
@@ -117,6 +126,12 @@ def test_docker(machine: Machine) -> None:
         assert "NUMBER=2" in out
         first = next(int(word) for word in out[out.index("NUMBER=2") :].split() if word.isdigit())
         assert first > 5
+        machine.sh("docker rm -f counting")
+        machine.sh(README["docker"])
+        lines = procs.wait_until(
+            "more", lambda: (n := machine.sh("docker logs counting").split()) and len(n) > 15 and n
+        )
+        assert lines == [str(n) for n in range(1, len(lines) + 1)]
         assert "removed runtime torpor" in machine.sh("torpor uninstall")
     finally:
         machine.run([CLIENT, "rm", "-f", *machine.run([CLIENT, "ps", "-aq"]).stdout.split()])
@@ -145,9 +160,16 @@ disabled_plugins = ["io.containerd.grpc.v1.cri", "io.containerd.snapshotter.v1.d
         machine.sh(BLOCKS["containerd"])
         assert (machine.directory / "here" / "image" / "checkpoint.img").exists()
         assert "example.org/one:nap" in machine.sh("ctr image ls -q")
+        _remove_one(machine)
+        machine.sh(f"mkdir readme; cd readme\n{README['containerd']}")
+        assert (machine.directory / "here" / "readme" / "image" / "checkpoint.img").exists()
     finally:
-        machine.sh("sleep 0.5; ctr tasks rm -f one; ctr containers rm one")
+        _remove_one(machine)
         _remove_cgroup("default")
+
+
+def _remove_one(machine: Machine) -> None:
+    machine.sh("ctr tasks rm -f one || true; ctr containers rm one || true")
 
 
 @pytest.mark.requires("command:podman", "command:conmon")
@@ -157,6 +179,10 @@ def test_podman(machine: Machine) -> None:
         numbers = [int(word) for word in machine.sh(BLOCKS["podman"]).split() if word.isdigit()]
         # Podman brings the log along; what was counted after it goes on from there
         assert len(numbers) > 12 and numbers == list(range(1, len(numbers) + 1))
+        numbers = [int(word) for word in machine.sh(BLOCKS["podman-previous"]).split() if word.isdigit()]
+        assert len(numbers) > 12 and numbers == list(range(1, len(numbers) + 1))
+        machine.sh(f"mkdir readme; cd readme\n{README['podman']}")
+        assert machine.sh("podman inspect --format '{{.State.Status}}' again").strip() == "running"
     finally:
         machine.sh("podman rm -a -f -t 0")
         machine.sh("torpor uninstall --podman; test ! -e /etc/containers/containers.conf.d/torpor.conf")
@@ -165,10 +191,11 @@ def test_podman(machine: Machine) -> None:
 
 def test_kubernetes(machine: Machine) -> None:
     """The handler of the RuntimeClass is the name that install gives containerd."""
-    machine.sh("torpor install --containerd --containerd-file ./torpor.toml")
-    plugins = tomllib.loads((machine.directory / "here" / "torpor.toml").read_text())["plugins"]
+    machine.sh(README["kubernetes-node"])
+    plugins = tomllib.loads(machine.sh("cat /etc/containerd/conf.d/torpor.toml"))["plugins"]
     runtimes = plugins["io.containerd.grpc.v1.cri"]["containerd"]["runtimes"]
-    (handler,) = re.findall(r"^handler: (\S+)$", BLOCKS["kubernetes"], re.MULTILINE)
+    assert README["kubernetes"] in BLOCKS["kubernetes"]
+    (handler,) = re.findall(r"^handler: (\S+)$", README["kubernetes"], re.MULTILINE)
     assert list(runtimes) == [handler]
     assert shutil.which(runtimes[handler]["options"]["BinaryName"])
 

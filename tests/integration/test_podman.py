@@ -131,11 +131,26 @@ def test_published_port(podman: Podman) -> None:
     assert int(procs.wait_until("an answer", answer)[1]) >= count
 
 
-def test_pre_checkpoint_is_refused(podman: Podman) -> None:
+def test_pre_checkpoint_and_with_previous(podman: Podman, tmp: Path) -> None:
+    """The one holds the memory, the other what has changed since; together, in one go or by two archives, they wake up."""
     podman.container("cc", *ALONE, "box", "counter")
-    podman.wait_log("cc", 1)
-    podman.fails("container", "checkpoint", "--pre-checkpoint", "cc", says="support")
-    assert podman("inspect", "--format", "{{.State.Status}}", "cc") == "running"
+    for _ in range(2):
+        podman.wait_log("cc", 2)
+        podman("container", "checkpoint", "--pre-checkpoint", "cc")
+        assert podman("inspect", "--format", "{{.State.Status}}", "cc") == "running"
+        lines = len(podman.wait_log("cc"))
+        podman("container", "checkpoint", "--with-previous", "cc")
+        podman("container", "restore", "cc")
+        found = podman.wait_log("cc", lines + 2)
+        assert found == [str(n) for n in range(1, len(found) + 1)], "it went on where it was"
+    before, after = tmp / "before.tar", tmp / "after.tar"
+    podman("container", "checkpoint", "--pre-checkpoint", "--export", str(before), "--compress", "none", "cc")
+    lines = len(podman.wait_log("cc"))
+    podman("container", "checkpoint", "--with-previous", "--export", str(after), "--compress", "none", "cc")
+    podman("rm", "cc")
+    podman("container", "restore", "--import-previous", str(before), "--import", str(after), "--name", "one")
+    found = podman.wait_log("one", lines + 2)
+    assert found == [str(n) for n in range(1, len(found) + 1)], "Podman brings the log along"
 
 
 def test_new_containers_from_an_image_by_annotation(podman: Podman, tmp: Path) -> None:

@@ -36,7 +36,7 @@ class Daemon:
         self.cgroup = f"/{leaks.RUN_MARK}-{name}"
         self.process: subprocess.Popen[bytes] | None = None
         # there before the first test looks, so that it is no leak of that one
-        for hierarchy in _hierarchies():
+        for hierarchy in hierarchies():
             with contextlib.suppress(OSError):
                 (hierarchy / self.cgroup[1:]).mkdir()
 
@@ -131,14 +131,14 @@ class Daemon:
                 procs.kill_exactly(p)
         time.sleep(0.1)
         procs.reap()
-        for hierarchy in _hierarchies():
+        for hierarchy in hierarchies():
             for directory, _, _ in os.walk(hierarchy / self.cgroup[1:], topdown=False):
                 with contextlib.suppress(OSError):
                     os.rmdir(directory)
         shutil.rmtree(self.directory, ignore_errors=True)
 
 
-def _hierarchies() -> Iterator[Path]:
+def hierarchies() -> Iterator[Path]:
     root = Path("/sys/fs/cgroup")
     if (root / "cgroup.controllers").exists():
         yield root

@@ -16,21 +16,33 @@ if TYPE_CHECKING:
     from torpor.flags import Parsed
 
 USAGE = "[flags] [-- RUNTIME-FLAGS...]"
+
+
+def client_flags(containerd: str, podman: str) -> tuple[Flag, ...]:
+    """Which client and which files: for install and uninstall."""
+    return (
+        Flag("config-file", TEXT, "Docker's configuration", default=clients.DOCKER),
+        Flag("config_file", TEXT, "as --config-file, spelled as runsc has it", hidden=True),
+        Flag("runtime", TEXT, "name of the runtime", default="torpor"),
+        Flag("containerd", BOOL, f"{containerd}, instead"),
+        Flag("containerd-file", TEXT, "that file", default=clients.CONTAINERD),
+        Flag("podman", BOOL, f"{podman}, instead"),
+        Flag("podman-file", TEXT, "that file", default=clients.PODMAN),
+        Flag("criu", TEXT, "the stand-in", default=clients.CRIU),
+    )
+
+
 FLAGS = (
-    Flag("config-file", TEXT, "Docker's configuration", default=clients.DOCKER),
-    Flag("config_file", TEXT, "as --config-file, spelled as runsc has it", hidden=True),
-    Flag("runtime", TEXT, "name of the runtime", default="torpor"),
+    *client_flags(
+        "write a file for containerd's config.toml to import",
+        "write a file for Podman, and a stand-in for criu where there is none",
+    ),
     Flag("restore-from", LIST, "directory of images that containers may ask to start from; repeatable"),
     Flag("experimental", BOOL, "turn Docker's experimental features on: docker checkpoint is one"),
     Flag("default", BOOL, "make it the runtime of containers that name none"),
     Flag("clobber", BOOL, "replace a runtime of this name that is there already", default=True),
     Flag("cgroupdriver", TEXT, "cgroupfs or systemd: Docker's cgroup driver", choices=("cgroupfs", "systemd")),
-    Flag("containerd", BOOL, "write a file for containerd's config.toml to import, instead"),
-    Flag("containerd-file", TEXT, "that file", default=clients.CONTAINERD),
-    Flag("podman", BOOL, "write a file for Podman, and a stand-in for criu where there is none, instead"),
-    Flag("podman-file", TEXT, "that file", default=clients.PODMAN),
-    Flag("criu", TEXT, "the stand-in", default=clients.CRIU),
-)  # fmt: skip
+)
 
 
 def execute(config: Config, flags: Parsed) -> int:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from torpor import clients
-from torpor.flags import BOOL, TEXT, Flag
+
+from .install import client_flags
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -11,16 +12,7 @@ if TYPE_CHECKING:
     from torpor.flags import Parsed
 
 USAGE = "[flags]"
-FLAGS = (
-    Flag("config-file", TEXT, "Docker's configuration", default=clients.DOCKER),
-    Flag("config_file", TEXT, "as --config-file, spelled as runsc has it", hidden=True),
-    Flag("runtime", TEXT, "name of the runtime", default="torpor"),
-    Flag("containerd", BOOL, "remove the file for containerd, instead"),
-    Flag("containerd-file", TEXT, "that file", default=clients.CONTAINERD),
-    Flag("podman", BOOL, "remove the file for Podman and the stand-in for criu, instead"),
-    Flag("podman-file", TEXT, "that file", default=clients.PODMAN),
-    Flag("criu", TEXT, "the stand-in", default=clients.CRIU),
-)
+FLAGS = client_flags("remove the file for containerd", "remove the file for Podman and the stand-in for criu")
 
 
 def execute(config: Config, flags: Parsed) -> int:

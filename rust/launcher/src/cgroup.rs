@@ -31,16 +31,20 @@ pub struct Cgroup {
 }
 
 impl Cgroup {
-    /// The cgroup the spec names, or one of our own.
+    /// The cgroup the spec names, or one of our own. By the driver `systemd` a name is `slice:prefix:name`. On cgroup v1,
+    /// where libcontainer has no such driver, its cgroup is made where systemd would have made it, and `systemd` is false.
     pub fn choose(given: Option<&Path>, systemd: bool, layout: &Layout) -> Result<Self, Error> {
         let path = match given.filter(|path| !path.as_os_str().is_empty()) {
-            Some(path) => {
-                check(path)?;
-                path.to_owned()
-            }
+            Some(path) => path.to_owned(),
             None => default_path(systemd, layout),
         };
-        Ok(Self::at(path, systemd, layout.id()))
+        let named = systemd && path.is_relative();
+        let directory = if named { scope_directory(&path)? } else { path.clone() };
+        check(&directory)?;
+        if named && unified() {
+            return Ok(Self::at(path, true, layout.id()));
+        }
+        Ok(Self::at(directory, false, layout.id()))
     }
 
     pub fn at(path: PathBuf, systemd: bool, id: &str) -> Self {
@@ -125,7 +129,11 @@ impl Cgroup {
     }
 
     fn directories(&self) -> Vec<PathBuf> {
-        let relative = self.path.strip_prefix("/").unwrap_or(&self.path);
+        let path = match self.systemd {
+            true => scope_directory(&self.path).unwrap_or_default(),
+            false => self.path.clone(),
+        };
+        let relative = path.strip_prefix("/").unwrap_or(&path);
         mount_points()
             .into_iter()
             .map(|mount| mount.join(relative))
@@ -158,10 +166,46 @@ fn default_path(systemd: bool, layout: &Layout) -> PathBuf {
     layout.root().hash(&mut hasher);
     let id = layout.id();
     let unique = hasher.finish() as u32;
-    if systemd && matches!(get_cgroup_setup(), Ok(CgroupSetup::Unified)) {
+    if systemd {
         return PathBuf::from(format!(":torpor:{id}-{unique:08x}"));
     }
     PathBuf::from(format!("/torpor-{id}-{unique:08x}"))
+}
+
+/// Where systemd keeps the scope that is called `slice:prefix:name`: `a-b.slice` lies in `a.slice` (systemd.slice(5)).
+fn scope_directory(name: &Path) -> Result<PathBuf, Error> {
+    let refuse = || {
+        Error::BadSpec(format!(
+            "linux.cgroupsPath {name:?} is not slice:prefix:name, as systemd needs it"
+        ))
+    };
+    let text = name.to_str().filter(|text| !text.contains('/')).ok_or_else(refuse)?;
+    let (slice, prefix, scope) = match text.split(':').collect::<Vec<_>>()[..] {
+        [slice, prefix, scope] if !scope.is_empty() => (slice, prefix, scope),
+        _ => return Err(refuse()),
+    };
+    let slice = if slice.is_empty() { "system.slice" } else { slice };
+    let stem = slice.strip_suffix(".slice").ok_or_else(refuse)?;
+    let mut directory = PathBuf::from("/");
+    // `-.slice` is the root.
+    if stem != "-" {
+        let mut parent = String::new();
+        for part in stem.split('-') {
+            if part.is_empty() {
+                return Err(refuse());
+            }
+            directory.push(format!("{parent}{part}.slice"));
+            parent = format!("{parent}{part}-");
+        }
+    }
+    if scope.ends_with(".slice") {
+        return Ok(directory.join(scope));
+    }
+    Ok(directory.join(format!("{prefix}-{scope}.scope")))
+}
+
+fn unified() -> bool {
+    matches!(get_cgroup_setup(), Ok(CgroupSetup::Unified))
 }
 
 /// A path that leads out, or to a cgroup that others live in: ours, or one above it.
@@ -212,7 +256,7 @@ fn remove_tree(directory: &Path, deadline: Instant) -> Result<(), Error> {
 mod tests {
     use std::path::Path;
 
-    use super::{check, default_path};
+    use super::{check, default_path, scope_directory};
     use crate::layout::Layout;
 
     #[test]
@@ -221,6 +265,34 @@ mod tests {
             assert!(check(Path::new(path)).is_err(), "{path}");
         }
         assert!(check(Path::new("/docker/0123")).is_ok());
+    }
+
+    #[test]
+    fn scopes_are_where_systemd_has_them() -> Result<(), crate::error::Error> {
+        for (name, directory) in [
+            (":torpor:one", "/system.slice/torpor-one.scope"),
+            ("machine.slice:libpod:one", "/machine.slice/libpod-one.scope"),
+            (
+                "a-b-c.slice:cri-containerd:one",
+                "/a.slice/a-b.slice/a-b-c.slice/cri-containerd-one.scope",
+            ),
+            ("-.slice:x:one", "/x-one.scope"),
+            ("a.slice:x:b.slice", "/a.slice/b.slice"),
+        ] {
+            assert_eq!(scope_directory(Path::new(name))?, Path::new(directory), "{name}");
+        }
+        for name in [
+            "one",
+            "a:b",
+            "a:b:c",
+            "a--b.slice:x:c",
+            "../a.slice:x:c",
+            "a.slice:x:",
+            "a.slice:x:y:z",
+        ] {
+            assert!(scope_directory(Path::new(name)).is_err(), "{name}");
+        }
+        Ok(())
     }
 
     #[test]

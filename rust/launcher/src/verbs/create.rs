@@ -104,6 +104,12 @@ fn prepare(
     if let Some(process) = spec.process_mut() {
         warnings = ground.adapt(process);
     }
+    if flags.has("systemd-cgroup") && !cgroup.systemd {
+        warnings.push(format!(
+            "systemd is not told of the container: its cgroup {:?} is made without it",
+            cgroup.path
+        ));
+    }
     let record = Record {
         bundle: bundle.to_owned(),
         cgroup: cgroup.path.clone(),
@@ -191,7 +197,7 @@ fn build(layout: &Layout, site: Site, cgroup: &Cgroup, flags: &Flags, preserve: 
     let built = builder.and_then(|builder| {
         builder
             .as_init(layout.bundle())
-            .with_systemd(flags.has("systemd-cgroup"))
+            .with_systemd(cgroup.systemd)
             .with_no_pivot(flags.has("no-pivot"))
             .build()
     });
