@@ -4,13 +4,14 @@ use std::os::fd::OwnedFd;
 use std::os::unix::fs::FileExt;
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 
-use torpor_image::{PageRun, Writer};
+use torpor_image::{PageRun, Share, Writer};
 use torpor_sys::PAGE_SIZE;
 use torpor_sys::fd;
 use torpor_sys::pagemap::Pagemap;
 
 use crate::base::{self, Base};
 use crate::collect::Collected;
+use crate::common::Common;
 use crate::error::{About, Error, Result};
 use crate::kinds::memory::{self, Area, Source};
 use crate::model::Inventory;
@@ -31,6 +32,8 @@ pub struct Captured {
     pub zeroes: u64,
     /// Pages that are those of the parent.
     pub inherited: u64,
+    /// Pages that processes have in common: to be told to the writer when all else is there.
+    pub shares: Vec<Share>,
 }
 
 /// Copies everything that `collected` found, from processes that stand still.
@@ -44,9 +47,11 @@ pub fn capture(collected: &Collected, base: &Base, writer: &mut Writer, cancel: 
 pub fn in_pause(collected: &Collected, base: &Base, writer: &mut Writer, cancel: &Cancel) -> Result<Captured> {
     pump(base, writer, |pump| {
         for source in &collected.sources {
-            pump.address_space(&collected.inventory, source.index, source.pid, cancel, |area| {
+            let ranges = private(&collected.inventory, base, source.index, source.pid, |area| {
                 !area.is_inherited()
             })?;
+            let own = collected.sources.len() == 1;
+            pump.address_space(source.index, source.pid, &ranges, own, cancel)?;
         }
         for (index, (file, state)) in collected
             .shared
@@ -68,13 +73,23 @@ pub fn from(
     writer: &mut Writer,
     cancel: &Cancel,
 ) -> Result<Captured> {
-    pump(base, writer, |pump| {
+    let mut common = Common::of(collected, reader)?;
+    let mut captured = pump(base, writer, |pump| {
         for source in &collected.sources {
-            let pid = reader(source.pid).ok_or_else(|| Error::nonsense("a process without a twin"))?;
-            pump.address_space(&collected.inventory, source.index, pid, cancel, Area::is_inherited)?;
+            let pid = common.reader(source.index)?;
+            let ranges = private(&collected.inventory, base, source.index, pid, Area::is_inherited)?;
+            let ranges = [
+                common.take(source.index, &ranges[0])?,
+                common.take(source.index, &ranges[1])?,
+            ];
+            // A twin has every page in common with its original.
+            let own = pid == source.pid && collected.sources.len() == 1;
+            pump.address_space(source.index, pid, &ranges, own, cancel)?;
         }
         Ok(())
-    })
+    })?;
+    captured.shares = common.shares().to_vec();
+    Ok(captured)
 }
 
 impl Captured {
@@ -83,6 +98,7 @@ impl Captured {
         self.pages += other.pages;
         self.zeroes += other.zeroes;
         self.inherited += other.inherited;
+        self.shares.extend_from_slice(&other.shares);
     }
 }
 
@@ -97,15 +113,14 @@ struct Piece {
 }
 
 /// The reading end: fills buffers and hands them over.
-struct Pump<'b> {
-    base: &'b Base,
+struct Pump {
     full: SyncSender<Piece>,
     empty: Receiver<Vec<u8>>,
 }
 
 /// Runs `read` here and a writer beside it, so that copying out of a process and into the file overlap. Three
 /// buffers go round: that is all the memory it takes.
-fn pump(base: &Base, writer: &mut Writer, read: impl FnOnce(&mut Pump<'_>) -> Result<()>) -> Result<Captured> {
+fn pump(base: &Base, writer: &mut Writer, read: impl FnOnce(&mut Pump) -> Result<()>) -> Result<Captured> {
     const BUFFERS: usize = 3;
     let (full, pieces) = sync_channel::<Piece>(BUFFERS);
     let (give_back, empty) = sync_channel(BUFFERS);
@@ -124,7 +139,7 @@ fn pump(base: &Base, writer: &mut Writer, read: impl FnOnce(&mut Pump<'_>) -> Re
             }
             Ok(captured)
         });
-        let mut pump = Pump { base, full, empty };
+        let mut pump = Pump { full, empty };
         let read = read(&mut pump);
         drop(pump);
         let written = writing
@@ -136,7 +151,7 @@ fn pump(base: &Base, writer: &mut Writer, read: impl FnOnce(&mut Pump<'_>) -> Re
     })
 }
 
-impl Pump<'_> {
+impl Pump {
     fn send(
         &self,
         space: u32,
@@ -157,35 +172,26 @@ impl Pump<'_> {
         self.full.send(piece).map_err(|_| gone())
     }
 
+    /// `own`: no other process has any of its pages.
     fn address_space(
         &mut self,
-        inventory: &Inventory,
         index: usize,
         pid: i32,
+        ranges: &[Ranges; 2],
+        own: bool,
         cancel: &Cancel,
-        wanted: impl Fn(&Area) -> bool,
     ) -> Result<()> {
-        let Some(body) = &inventory.processes[index].body else {
-            return Ok(());
-        };
-        let pagemap = Pagemap::open(pid).about(pid, "pagemap")?;
         let memory = memory::open(pid)?;
-        let known = self.base.known(index as u32);
-        for of_file in [false, true] {
-            let mut ranges = Vec::new();
-            let areas = body.memory.areas.iter().filter(|a| a.is_private() && wanted(a));
-            for area in areas.filter(|a| (a.source != Source::Nothing) == of_file) {
-                match known {
-                    Some(known) => within(&known.changed, area, &mut ranges),
-                    None => pagemap
-                        .private_data(area.start, area.end, &mut ranges)
-                        .about(pid, "pagemap")?,
-                }
-            }
-            for group in pieces(&ranges) {
+        for (of_file, ranges) in [false, true].into_iter().zip(ranges) {
+            for group in pieces(ranges) {
                 cancel.check()?;
                 self.send(index as u32, of_file, group, |ranges, out| {
-                    memory.gather(ranges, out).about(pid, "memory")
+                    let read = if own {
+                        memory.gather(ranges, out)
+                    } else {
+                        memory.gather_common(ranges, out)
+                    };
+                    read.about(pid, "memory")
                 })?;
             }
         }
@@ -215,6 +221,36 @@ impl Pump<'_> {
         }
         Ok(())
     }
+}
+
+/// Start and end of ranges of addresses, sorted.
+type Ranges = Vec<(u64, u64)>;
+
+/// The ranges of an address space that hold data of its own, in the areas that are wanted: those of plain memory, and
+/// those of files.
+fn private(
+    inventory: &Inventory,
+    base: &Base,
+    index: usize,
+    pid: i32,
+    wanted: impl Fn(&Area) -> bool,
+) -> Result<[Ranges; 2]> {
+    let mut ranges = [Ranges::new(), Ranges::new()];
+    let Some(body) = &inventory.processes[index].body else {
+        return Ok(ranges);
+    };
+    let known = base.known(index as u32);
+    let pagemap = Pagemap::open(pid).about(pid, "pagemap")?;
+    for area in body.memory.areas.iter().filter(|a| a.is_private() && wanted(a)) {
+        let ranges = &mut ranges[usize::from(area.source != Source::Nothing)];
+        match known {
+            Some(known) => within(&known.changed, area, ranges),
+            None => pagemap
+                .private_data(area.start, area.end, ranges)
+                .about(pid, "pagemap")?,
+        }
+    }
+    Ok(ranges)
 }
 
 /// Writes a piece's pages that are not zero, as runs that follow each other both in memory and in the file.

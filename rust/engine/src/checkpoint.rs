@@ -227,6 +227,8 @@ fn attempt(
             }
         };
         captured.inherited += base.inherit(&mut writer)?;
+        // When every page that one may have in common with another is there, those of the parent too.
+        writer.share(&captured.shares);
         if let (Some(parent), count @ 1..) = (writer.parent(), base.untracked(&collected)) {
             let text = format!(
                 "{count} of {} processes were not tracked since {} was made: all of their memory was compared with it",

@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use torpor_image::{PageRun, Reader};
 use torpor_sys::mem::Memory;
 
-use crate::build::Skeleton;
+use crate::build::{Shares, Skeleton, pages};
 use crate::error::{About, Error, Result};
 use crate::kinds::memory::Area;
 use crate::model::{Body, Inventory};
@@ -33,6 +33,7 @@ struct Piece<'a> {
 pub fn fill(
     skeleton: &Skeleton,
     inventory: &Inventory,
+    shares: &Shares,
     image: &Reader,
     cancel: &Cancel,
     wanted: impl Fn(&Area) -> bool,
@@ -41,12 +42,34 @@ pub fn fill(
     for (index, process) in inventory.processes.iter().enumerate() {
         let Some(body) = &process.body else { continue };
         let memory = skeleton.site(process.pid)?.memory();
-        for run in image.runs_of(index as u32).iter().filter(|r| !r.is_zero()) {
-            for (area, start, end) in parts(body, run).filter(|(area, ..)| wanted(area)) {
-                cut(memory, area, run, start..end, &mut pieces);
-            }
+        let runs = pages::without(image.runs_of(index as u32), &shares.get(index).present);
+        cut_all(memory, body, &runs, &wanted, &mut pieces);
+    }
+    copy_pieces(pieces, image, cancel)
+}
+
+/// Fills pages of one process.
+pub fn put(memory: &Memory, body: &Body, runs: &[PageRun], image: &Reader, cancel: &Cancel) -> Result<u64> {
+    let mut pieces = Vec::new();
+    cut_all(memory, body, runs, |_| true, &mut pieces);
+    copy_pieces(pieces, image, cancel)
+}
+
+fn cut_all<'a>(
+    memory: &'a Memory,
+    body: &'a Body,
+    runs: &[PageRun],
+    wanted: impl Fn(&Area) -> bool,
+    pieces: &mut Vec<Piece<'a>>,
+) {
+    for run in runs.iter().filter(|r| !r.is_zero()) {
+        for (area, start, end) in parts(body, run).filter(|(area, ..)| wanted(area)) {
+            cut(memory, area, run, start..end, pieces);
         }
     }
+}
+
+fn copy_pieces(pieces: Vec<Piece<'_>>, image: &Reader, cancel: &Cancel) -> Result<u64> {
     // Writing past a protection may be the tracer's right alone, and the tracer is a thread (proc_mem.force_override).
     let (opened, forced): (Vec<_>, Vec<_>) = pieces.into_iter().partition(|p| p.area.is_opened());
     copy_all(&forced, 1, image, cancel)?;

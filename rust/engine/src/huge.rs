@@ -6,7 +6,7 @@ use torpor_sys::mem;
 use torpor_sys::pagemap::Pagemap;
 use torpor_sys::{Pid, pidfd};
 
-use crate::build::Skeleton;
+use crate::build::{Shares, Skeleton};
 use crate::collect::Collected;
 use crate::error::{About, Result};
 use crate::model::Inventory;
@@ -40,13 +40,16 @@ pub fn collect(collected: &mut Collected, reader: impl Fn(Pid) -> Option<Pid>) -
 
 /// Puts what was in huge pages into huge pages, in processes that are filled: where the kernel did so by itself, this only
 /// looks.
-pub fn rebuild(skeleton: &Skeleton, inventory: &Inventory) -> Result<()> {
-    for process in &inventory.processes {
+pub fn rebuild(skeleton: &Skeleton, inventory: &Inventory, shares: &Shares) -> Result<()> {
+    for (index, process) in inventory.processes.iter().enumerate() {
         let Some(body) = process.body.as_ref().filter(|b| !b.memory.huge.is_empty()) else {
             continue;
         };
         let tid = skeleton.site(process.pid)?.tid();
-        collapse(pidfd::open(tid).about(tid, "pidfd")?, &body.memory.huge);
+        // One that is shared was made before the children were: another would be a copy.
+        let mut own = body.memory.huge.clone();
+        own.retain(|range| !shares.get(index).is_shared(*range));
+        collapse(pidfd::open(tid).about(tid, "pidfd")?, &own);
     }
     Ok(())
 }

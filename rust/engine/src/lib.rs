@@ -11,6 +11,7 @@ pub mod build;
 pub mod capture;
 pub mod checkpoint;
 pub mod collect;
+pub mod common;
 pub mod error;
 pub mod fill;
 pub mod freeze;

@@ -114,17 +114,17 @@ pub fn restore(request: &Request, cancel: &Cancel, on_loaded: &mut dyn FnMut() -
         tmpfs::plan(&inventory.tmpfs, &image, request.pid, &bounds, cancel)?;
         Ok(inventory)
     })?;
-    let (skeleton, objects) = run.stage(Stage::Build, || {
-        build::build(&inventory, &image, request.pid, &bounds, cancel)
+    let (skeleton, objects, shares) = run.stage(Stage::Build, || {
+        build::build(&inventory, &image, request.pid, &bounds, request.background, cancel)
     })?;
     let mut warnings = inventory.warnings.clone();
     let (bytes, pager, tracking) = run.stage(Stage::Fill, || {
         let waits = |area: &Area| request.background && area.can_wait();
-        let bytes = fill::fill(&skeleton, &inventory, &image, cancel, |area| !waits(area))?;
+        let bytes = fill::fill(&skeleton, &inventory, &shares, &image, cancel, |area| !waits(area))?;
         let pager = if request.background {
             Some(start_pager(&skeleton, &inventory, request)?)
         } else {
-            huge::rebuild(&skeleton, &inventory)?;
+            huge::rebuild(&skeleton, &inventory, &shares)?;
             None
         };
         let tracking = if request.track {
@@ -175,7 +175,7 @@ fn resume(
     for process in &inventory.processes {
         skeleton.dress(process, inventory, &objects)?;
     }
-    for (state, file) in inventory.objects.shared.iter().zip(&objects.shared) {
+    for (state, file) in inventory.objects.shared.iter().zip(&objects.files.shared) {
         shared::rebuild_seals(state, file)?;
     }
     let late = Late::keep(inventory, &objects)?;

@@ -32,6 +32,7 @@ mod link;
 mod packer;
 mod place;
 mod read;
+mod share;
 mod squash;
 #[cfg(test)]
 mod testing;
@@ -46,5 +47,6 @@ pub use layout::{
     PAGE_SIZE, PageRun, SectionInfo, SectionKind,
 };
 pub use read::{BlobReader, MAX_BLOB_IN_MEMORY, Member, Reader};
+pub use share::Share;
 pub use squash::squash;
 pub use write::{Committed, Writer};

@@ -21,6 +21,7 @@ use crate::layout::{
 use crate::packer::{Gone, Packed, Packer};
 use crate::place::{Naming, Place};
 use crate::read::Reader;
+use crate::share::{self, Share};
 use crate::writeback::Writeback;
 
 /// Pieces up to this size are gathered into larger writes; what is larger goes to the kernel from where it lies.
@@ -266,6 +267,14 @@ impl Writer {
     pub fn push_run(&mut self, run: PageRun) {
         if !self.runs.last_mut().is_some_and(|last| last.absorb(&run)) {
             self.runs.push(run);
+        }
+    }
+
+    /// Gives pages that are in the image already to other spaces as well. To be called when the runs of every space that is shared
+    /// from are there. `shares` of one space follow each other; a space that has got its own may be shared from by what follows.
+    pub fn share(&mut self, shares: &[Share]) {
+        for run in share::runs(&self.runs, shares) {
+            self.push_run(run);
         }
     }
 

@@ -156,6 +156,59 @@ impl Pagemap {
         self.scan(&TO_PROTECT, start, end, out)
     }
 
+    /// Which pages of `ranges` (start, end; sorted) are the very pages that `other` has at the same addresses:
+    /// private to processes, shared by them since a fork. `out` is appended to. False when the kernel hides the
+    /// numbers of page frames (no CAP_SYS_ADMIN in the first user namespace), and then `out` is not complete.
+    ///
+    /// A frame may be migrated or swapped out while we look, and its number be given to another page. So what
+    /// `other` has is read before and after: where both agree, it had that frame when ours was read.
+    pub fn same_pages(&self, other: &Pagemap, ranges: &[(u64, u64)], out: &mut Vec<(u64, u64)>) -> Result<bool> {
+        let mut rest = ranges.to_vec();
+        rest.reverse();
+        while let Some((start, end)) = rest.pop() {
+            // One window takes in the ranges near by: a call costs more than a few thousand entries of nothing.
+            let stop = start + BLOCK * PAGE_SIZE;
+            let mut window = vec![(start, end.min(stop))];
+            if end > stop {
+                rest.push((stop, end));
+            }
+            while let Some(next) = rest.last().copied().filter(|r| r.1 <= stop) {
+                window.push(next);
+                rest.pop();
+            }
+            let last = window.last().map_or(end, |r| r.1);
+            let before = other.entries(start, last)?;
+            let own = self.entries(start, last)?;
+            let after = other.entries(start, last)?;
+            for (from, to) in window {
+                for page in (from..to).step_by(PAGE_SIZE as usize) {
+                    let at = ((page - start) / PAGE_SIZE) as usize;
+                    let Some(frame) = frame(own[at]) else { continue };
+                    if frame
+                        == (Frame {
+                            is_swap: false,
+                            number: 0,
+                        })
+                    {
+                        return Ok(false);
+                    }
+                    if [before[at], after[at]].map(self::frame) == [Some(frame); 2] {
+                        append(out, page, page + PAGE_SIZE);
+                    }
+                }
+            }
+        }
+        Ok(true)
+    }
+
+    fn entries(&self, start: u64, end: u64) -> Result<Vec<u64>> {
+        let mut bytes = vec![0u8; ((end - start) / PAGE_SIZE * 8) as usize];
+        self.file
+            .read_exact_at(&mut bytes, start / PAGE_SIZE * 8)
+            .map_err(|e| Error::io("read", format!("/proc/{}/pagemap", self.pid), &e))?;
+        Ok(words(&bytes).collect())
+    }
+
     fn scan(&self, wanted: &Wanted, start: u64, end: u64, out: &mut Vec<(u64, u64)>) -> Result<()> {
         let mut regions = [Region::default(); 512];
         let mut at = start;
@@ -192,18 +245,11 @@ impl Pagemap {
     }
 
     fn walk(&self, start: u64, end: u64, out: &mut Vec<(u64, u64)>) -> Result<()> {
-        const BLOCK: u64 = 4096;
-        let mut entries = vec![0u8; (BLOCK * 8) as usize];
         let mut at = start;
         while at < end {
             let count = BLOCK.min((end - at) / PAGE_SIZE);
-            let bytes = &mut entries[..(count * 8) as usize];
-            self.file
-                .read_exact_at(bytes, at / PAGE_SIZE * 8)
-                .map_err(|e| Error::io("read", format!("/proc/{}/pagemap", self.pid), &e))?;
-            for (i, e) in bytes.chunks_exact(8).enumerate() {
-                let e = u64::from_le_bytes([e[0], e[1], e[2], e[3], e[4], e[5], e[6], e[7]]);
-                if is_private_data(e) {
+            for (i, entry) in self.entries(at, at + count * PAGE_SIZE)?.into_iter().enumerate() {
+                if is_private_data(entry) {
                     let page = at + i as u64 * PAGE_SIZE;
                     append(out, page, page + PAGE_SIZE);
                 }
@@ -212,6 +258,29 @@ impl Pagemap {
         }
         Ok(())
     }
+}
+
+/// How many entries are read at once.
+const BLOCK: u64 = 4096;
+
+fn words(bytes: &[u8]) -> impl Iterator<Item = u64> {
+    let word = |e: &[u8]| u64::from_le_bytes([e[0], e[1], e[2], e[3], e[4], e[5], e[6], e[7]]);
+    bytes.chunks_exact(8).map(word)
+}
+
+/// Where a page is: in a frame of memory, or in a slot of swap space.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Frame {
+    is_swap: bool,
+    number: u64,
+}
+
+/// Bits 0 to 54 of an entry of private data.
+fn frame(entry: u64) -> Option<Frame> {
+    is_private_data(entry).then_some(Frame {
+        is_swap: entry >> 62 & 1 == 1,
+        number: entry & ((1 << 55) - 1),
+    })
 }
 
 /// Bits of a pagemap entry (Documentation/admin-guide/mm/pagemap.rst): 63 present, 62 swapped, 61 file or
@@ -233,6 +302,16 @@ fn append(out: &mut Vec<(u64, u64)>, start: u64, end: u64) {
 #[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn frames_are_told_apart_from_markers_files_and_hidden_numbers() {
+        let present = 1 << 63;
+        assert_eq!(frame(present | 77 | 1 << 55 | 1 << 56), frame(present | 77));
+        assert_ne!(frame(present | 77), frame(present | 78));
+        assert_ne!(frame(present | 77), frame(1 << 62 | 77), "a slot of swap is no frame");
+        assert_eq!(frame(present | 1 << 61 | 77), None, "a page of a file");
+        assert_eq!(frame(1 << 62 | 31), None, "a marker");
+    }
 
     #[test]
     fn both_ways_find_the_same_pages() {

@@ -6,15 +6,18 @@
 
 mod clock;
 mod descriptors;
+mod inherit;
 mod late;
 mod missing;
+mod nursery;
 mod objects;
 mod orphans;
+pub mod pages;
 mod process;
 mod thread;
 mod tree;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::os::fd::OwnedFd;
 use std::time::Duration;
 
@@ -31,7 +34,9 @@ use crate::kinds::{memory, tmpfs, vdso};
 use crate::model::Inventory;
 use crate::stage::Cancel;
 
+pub use inherit::Shares;
 pub use late::Late;
+use nursery::Nursery;
 pub use objects::Objects;
 
 const TABLE: u64 = 512 * 1024;
@@ -60,7 +65,22 @@ pub struct Skeleton {
     /// Descriptors from here on are ours while we build.
     base: i32,
     all: Vec<Pid>,
+    /// Processes that have been laid out.
+    laid_out: BTreeSet<i32>,
+    /// What was laid out already in the parent of a process when it was made.
+    born_with: BTreeMap<i32, Layout>,
     done: bool,
+}
+
+/// What matters of a layout that a process is born with.
+#[derive(Debug, Clone)]
+struct Layout {
+    kernel: Vec<(u64, u64)>,
+    exe: memory::Source,
+}
+
+fn kernel_ranges(kernel: &[(u64, u64)]) -> Vec<(u64, u64)> {
+    kernel.iter().map(|k| (k.0, k.0 + k.1)).collect()
 }
 
 impl Drop for Skeleton {
@@ -79,21 +99,34 @@ pub fn build(
     image: &Reader,
     init: Pid,
     bounds: &Bounds,
+    background: bool,
     cancel: &Cancel,
-) -> Result<(Skeleton, Objects)> {
+) -> Result<(Skeleton, Objects, Shares)> {
     let mut skeleton = Skeleton::seize(inventory, init, bounds)?;
     skeleton.empty()?;
     skeleton.connect()?;
-    skeleton.grow(inventory)?;
     tmpfs::rebuild(&inventory.tmpfs, image, init, bounds, cancel)?;
-    let objects = objects::rebuild(&skeleton, inventory, image, cancel)?;
-    for process in &inventory.processes {
+    let files = objects::rebuild_files(&skeleton, inventory, image, cancel)?;
+    // What comes later cannot be common.
+    let shares = if background {
+        Shares::none(inventory)
+    } else {
+        Shares::of(inventory, image)
+    };
+    let nursery = Nursery {
+        inventory,
+        image,
+        cancel,
+        files: &files,
+        shares: &shares,
+    };
+    skeleton.grow(&nursery)?;
+    for index in 0..inventory.processes.len() {
         cancel.check()?;
-        if let Some(body) = &process.body {
-            skeleton.map(process.pid, body, &objects)?;
-        }
+        nursery.complete(&mut skeleton, index)?;
     }
-    Ok((skeleton, objects))
+    let objects = objects::rebuild(&skeleton, inventory, image, files)?;
+    Ok((skeleton, objects, shares))
 }
 
 impl Skeleton {
@@ -139,6 +172,8 @@ impl Skeleton {
             // Above every number in use and above those that a message of descriptors may take.
             base: fds.max().unwrap_or(0).max(descriptors::AT_ONCE as i32) + 1,
             all: vec![init],
+            laid_out: BTreeSet::new(),
+            born_with: BTreeMap::new(),
             done: false,
         };
         skeleton.leave_rseq(syscall_at)?;
@@ -173,11 +208,8 @@ impl Skeleton {
 
     /// Takes everything from the blank process but the stub and the kernel's parts.
     fn empty(&self) -> Result<()> {
-        let mut keep: Vec<(u64, u64)> = self.kernel.iter().map(|k| (k.0, k.0 + k.1)).collect();
-        keep.push((self.place.base, self.place.base + self.place.len()));
-        keep.sort_unstable();
         let mut batch = Batch::new();
-        memory::clear(&mut batch, &keep);
+        self.clear(&mut batch, &kernel_ranges(&self.kernel));
         batch.must(
             "close_range",
             libc::SYS_close_range,
@@ -186,6 +218,14 @@ impl Skeleton {
         batch.must("set_robust_list", libc::SYS_set_robust_list, [0.into(), 24.into()]);
         batch.must("set_tid_address", libc::SYS_set_tid_address, [0.into()]);
         self.root()?.run(&batch).about(self.init, "blank process").map(drop)
+    }
+
+    /// Unmaps everything but the stub and what is to be kept.
+    fn clear(&self, batch: &mut Batch, keep: &[(u64, u64)]) {
+        let mut keep = keep.to_vec();
+        keep.push((self.place.base, self.place.base + self.place.len()));
+        keep.sort_unstable();
+        memory::clear(batch, &keep);
     }
 
     /// Makes the socket over which descriptors are sent in: at the same number in every process, since all

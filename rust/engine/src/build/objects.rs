@@ -25,6 +25,13 @@ use crate::stage::Cancel;
 pub struct Objects {
     /// Open file descriptions.
     pub descriptions: Vec<OwnedFd>,
+    /// What is mapped.
+    pub files: Files,
+}
+
+/// Descriptors of ours for what processes map.
+#[derive(Debug)]
+pub struct Files {
     /// Shared objects, open for reading and writing.
     pub shared: Vec<OwnedFd>,
     /// Mapped files.
@@ -62,8 +69,13 @@ impl Objects {
     }
 }
 
-/// Makes all of them. Those that [`Objects::open_pidfds`] opens are not what they should be yet.
-pub(super) fn rebuild(skeleton: &Skeleton, inventory: &Inventory, image: &Reader, cancel: &Cancel) -> Result<Objects> {
+/// Makes what is mapped, while there is no process but init.
+pub(super) fn rebuild_files(
+    skeleton: &Skeleton,
+    inventory: &Inventory,
+    image: &Reader,
+    cancel: &Cancel,
+) -> Result<Files> {
     let mut shared = Vec::new();
     for (index, state) in inventory.objects.shared.iter().enumerate() {
         cancel.check()?;
@@ -73,12 +85,13 @@ pub(super) fn rebuild(skeleton: &Skeleton, inventory: &Inventory, image: &Reader
         shared.push(file);
     }
     let mapped = mapped(skeleton, inventory)?;
-    let descriptions = descriptions(skeleton, inventory, image, &shared)?;
-    Ok(Objects {
-        descriptions,
-        shared,
-        mapped,
-    })
+    Ok(Files { shared, mapped })
+}
+
+/// Makes the rest. Those that [`Objects::open_pidfds`] opens are not what they should be yet.
+pub(super) fn rebuild(skeleton: &Skeleton, inventory: &Inventory, image: &Reader, files: Files) -> Result<Objects> {
+    let descriptions = descriptions(skeleton, inventory, image, &files.shared)?;
+    Ok(Objects { descriptions, files })
 }
 
 /// The bytes of a shared object, from the image's page cache into its own.

@@ -7,8 +7,8 @@ use std::collections::BTreeSet;
 use torpor_sys::remote::{Batch, Site};
 use torpor_sys::{Pid, proc};
 
-use super::Skeleton;
 use super::tree::clone3;
+use super::{Nursery, Skeleton};
 use crate::error::{About, Error, Result};
 use crate::model::{Inventory, Process};
 
@@ -37,7 +37,8 @@ impl Skeleton {
     }
 
     /// Makes one.
-    pub(super) fn orphan(&mut self, inventory: &Inventory, process: &Process) -> Result<()> {
+    pub(super) fn orphan(&mut self, nursery: &Nursery<'_>, process: &Process) -> Result<()> {
+        let inventory = nursery.inventory;
         let in_session = |p: &&Process| p.sid == process.sid && self.sites.contains_key(&p.pid);
         let (helper_id, parent) = match inventory.processes.iter().find(in_session) {
             Some(member) => (free_id(inventory), member.pid),
@@ -60,6 +61,7 @@ impl Skeleton {
             self.all.push(tid);
             let site = Site::cloned(tid, self.place).about(tid, "new process")?;
             self.sites.insert(process.pid, site);
+            nursery.note_birth(self, parent, process);
         }
         made.about(process.pid, "new process")?;
         self.end_helper(helper_id, parent, &helper)?;

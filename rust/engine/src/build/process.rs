@@ -5,9 +5,10 @@ use std::os::fd::OwnedFd;
 use torpor_sys::remote::{Arg, Batch, Results};
 
 use super::Skeleton;
-use super::objects::{Objects, epoll_of};
+use super::kernel_ranges;
+use super::objects::{Files, Objects, epoll_of};
 use crate::error::{About, Error, Result};
-use crate::kinds::memory::{self, Source};
+use crate::kinds::memory::{self, Area, Source};
 use crate::kinds::{console, epoll, fs, settings, signals, vdso};
 use crate::model::{Body, Inventory, Process};
 
@@ -19,14 +20,14 @@ struct Parcel<'o> {
 }
 
 impl<'o> Parcel<'o> {
-    fn add(&mut self, source: Source, objects: &'o Objects) -> Result<()> {
+    fn add(&mut self, source: Source, files: &'o Files) -> Result<()> {
         if self.sources.contains(&source) {
             return Ok(());
         }
         let fd = match source {
             Source::Nothing => return Ok(()),
-            Source::File(index) => objects.mapped.get(index),
-            Source::Shared(index) => objects.shared.get(index),
+            Source::File(index) => files.mapped.get(index),
+            Source::Shared(index) => files.shared.get(index),
         };
         self.fds
             .push(fd.ok_or_else(|| Error::nonsense("a mapped file is missing"))?);
@@ -43,23 +44,45 @@ impl<'o> Parcel<'o> {
 }
 
 impl Skeleton {
-    /// Lays out the address space of a process.
-    pub(super) fn map(&self, pid: i32, body: &Body, objects: &Objects) -> Result<()> {
+    /// Lays out the address space of a process, around the areas that it has `kept` of its parent's.
+    pub(super) fn map(&self, pid: i32, state: &memory::State, kept: &[(u64, u64)], files: &Files) -> Result<()> {
+        let born_with = self.born_with.get(&pid);
+        let new = |area: &&Area| kept.binary_search(&(area.start, area.end)).is_err();
         let mut parcel = Parcel::default();
-        for area in &body.memory.areas {
-            parcel.add(area.source, objects)?;
+        for area in state.areas.iter().filter(new) {
+            parcel.add(area.source, files)?;
         }
-        parcel.add(body.memory.exe, objects)?;
+        let exe = if born_with.is_some_and(|layout| layout.exe == state.exe) {
+            // It is the parent's already, and cannot be set while a part of it is mapped.
+            Source::Nothing
+        } else {
+            state.exe
+        };
+        parcel.add(exe, files)?;
         self.send(pid, &parcel.fds)?;
         let mut batch = Batch::new();
+        let kernel = born_with.map_or(&self.kernel, |layout| &layout.kernel);
+        if born_with.is_some() {
+            self.clear(&mut batch, &[kernel_ranges(kernel), kept.to_vec()].concat());
+        }
         let parking = self.place.base + self.place.len();
-        vdso::rebuild(&mut batch, &self.kernel, &body.memory.kernel, parking);
-        for area in &body.memory.areas {
+        vdso::rebuild(&mut batch, kernel, &state.kernel, parking);
+        memory::rebuild_map(&mut batch, state, parcel.arg(self, exe));
+        for area in state.areas.iter().filter(new) {
             memory::rebuild_area(&mut batch, area, parcel.arg(self, area.source));
             self.flush(pid, &mut batch, "mappings")?;
         }
-        memory::rebuild_map(&mut batch, &body.memory, parcel.arg(self, body.memory.exe));
         self.close_temporary(&mut batch);
+        self.run(pid, &batch, "mappings")
+    }
+
+    /// Takes pages away from a process.
+    pub(super) fn drop_pages(&self, pid: i32, ranges: &[(u64, u64)]) -> Result<()> {
+        let mut batch = Batch::new();
+        for &(start, end) in ranges {
+            memory::drop_pages(&mut batch, start, end);
+            self.flush(pid, &mut batch, "mappings")?;
+        }
         self.run(pid, &batch, "mappings")
     }
 

@@ -1,12 +1,12 @@
 //! Growing the tree: every process at its id, in its session and process group, zombies included.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use torpor_sys::remote::{Batch, Site};
 use torpor_sys::wait::{self, Event};
 use torpor_sys::{Pid, fork, ptrace};
 
-use super::{LIMIT, Skeleton};
+use super::{LIMIT, Nursery, Skeleton};
 use crate::error::{About, Error, Result};
 use crate::model::{Inventory, Process};
 
@@ -47,17 +47,40 @@ fn birth(parent: &Process, parent_born_in: i32, child: &Process) -> Birth {
     Birth::Elsewhere
 }
 
+/// Processes that are not made by cloning their parents.
+pub(super) fn orphans(inventory: &Inventory) -> BTreeSet<i32> {
+    let mut orphans = BTreeSet::new();
+    let mut born_in: BTreeMap<i32, (&Process, i32)> = BTreeMap::new();
+    for process in &inventory.processes {
+        let birth = born_in
+            .get(&process.ppid)
+            .map(|(p, b)| (birth(p, *b, process), p.sid, *b));
+        let session = match birth {
+            None => process.sid,
+            Some((Birth::BeforeSetsid, _, earlier)) => earlier,
+            Some((Birth::AfterSetsid, of_parent, _)) => of_parent,
+            Some((Birth::Elsewhere, _, _)) => {
+                orphans.insert(process.pid);
+                process.sid
+            }
+        };
+        born_in.insert(process.pid, (process, session));
+    }
+    orphans
+}
+
 impl Skeleton {
     /// Makes all processes, their groups, and lets those end that were zombies.
-    pub(super) fn grow(&mut self, inventory: &Inventory) -> Result<()> {
+    pub(super) fn grow(&mut self, nursery: &Nursery<'_>) -> Result<()> {
+        let inventory = nursery.inventory;
         let root = &inventory.processes[0];
         let mut orphans = Vec::new();
-        self.children(inventory, root, root.sid, &mut orphans)?;
+        self.children(nursery, root, root.sid, &mut orphans)?;
         // Those that are found under an orphan come later.
         let mut at = 0;
         while let Some(&orphan) = orphans.get(at) {
-            self.orphan(inventory, orphan)?;
-            self.children(inventory, orphan, orphan.sid, &mut orphans)?;
+            self.orphan(nursery, orphan)?;
+            self.children(nursery, orphan, orphan.sid, &mut orphans)?;
             at += 1;
         }
         self.groups(inventory)?;
@@ -69,12 +92,13 @@ impl Skeleton {
 
     fn children<'i>(
         &mut self,
-        inventory: &'i Inventory,
+        nursery: &Nursery<'i>,
         parent: &Process,
         born_in: i32,
         orphans: &mut Vec<&'i Process>,
     ) -> Result<()> {
         self.adopt(parent)?;
+        let inventory = nursery.inventory;
         let children: Vec<&'i Process> = inventory
             .processes
             .iter()
@@ -106,17 +130,19 @@ impl Skeleton {
             batch.must("setsid", libc::SYS_setsid, []);
         }
         late.iter().for_each(|c| fork(&mut batch, c));
+        nursery.prepare(self, parent)?;
         let born = self.run_births(parent.pid, &batch)?;
         for (child, tid) in early.iter().chain(&late).zip(born) {
             self.all.push(tid);
             let site = Site::cloned(tid, self.place).about(tid, "new process")?;
             self.sites.insert(child.pid, site);
+            nursery.note_birth(self, parent.pid, child);
         }
         for child in early.iter() {
-            self.children(inventory, child, born_in, orphans)?;
+            self.children(nursery, child, born_in, orphans)?;
         }
         for child in late.iter() {
-            self.children(inventory, child, parent.sid, orphans)?;
+            self.children(nursery, child, parent.sid, orphans)?;
         }
         Ok(())
     }

@@ -359,6 +359,12 @@ pub fn rebuild_map(batch: &mut Batch, state: &State, exe: Arg) {
     batch.must("PR_SET_MM_MAP", libc::SYS_prctl, args);
 }
 
+/// Takes private pages away: what is behind them shows again.
+pub fn drop_pages(batch: &mut Batch, start: u64, end: u64) {
+    let args = [start.into(), (end - start).into(), libc::MADV_DONTNEED.into()];
+    batch.must("MADV_DONTNEED", libc::SYS_madvise, args);
+}
+
 /// Unmaps everything below the end of user space but the given ranges (sorted).
 pub fn clear(batch: &mut Batch, keep: &[(u64, u64)]) {
     const TOP: u64 = 0x7fff_ffff_f000;
