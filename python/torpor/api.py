@@ -145,6 +145,7 @@ def restore(
     background: bool = False,
     record_working_set: bool = False,
     track: bool = False,
+    tcp_close: bool = False,
 ) -> Container:
     """Wake up an image in a new container. The same image can be restored any number of times, also at once.
 
@@ -158,6 +159,8 @@ def restore(
             restore in the background brings that first.
         track: note what it writes to from now on, so that a `Container.checkpoint` with this image as its parent finds
             what has changed without reading the rest; not with `background`.
+        tcp_close: close the TCP connections that the image keeps (`Container.checkpoint` with `tcp_established`): the
+            program reads ECONNRESET from them.
 
     Raises:
         ImageError: the image is missing, damaged, of another version or another machine.
@@ -186,7 +189,9 @@ def restore(
             pid_file=pid_file,
             stdio=stdio_of(stdin, stdout, stderr),
             supervise=True,
-            filling=create.Filling(background=background, record_working_set=record_working_set, track=track),
+            filling=create.Filling(
+                background=background, record_working_set=record_working_set, track=track, tcp_close=tcp_close
+            ),
         ),
         directory,
     )

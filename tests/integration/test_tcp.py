@@ -203,6 +203,7 @@ def test_a_connection_that_is_closed_is_reset(
     net.unplug()
     net.plug(1)
     again = serve(net, 1)
-    again.restore_from(tmp / "image", *(["--tcp-close"] if when == "restore" else []))
+    woken = again.restore_from(tmp / "image", *(["--tcp-close"] if when == "restore" else []))
+    assert when == "checkpoint" or "(--tcp-close), the program will read ECONNRESET" in woken.err
     assert again.next_line() == "GOT ConnectionResetError"
     talk.end()

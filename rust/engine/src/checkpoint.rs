@@ -247,6 +247,9 @@ fn attempt(
             writer.add_section(MEMORY, &Spaces::of(&collected.inventory))?;
         } else {
             writer.add_section("metadata", &collected.inventory)?;
+            for word in collected.inventory.requires() {
+                writer.require(word)?;
+            }
         }
         writer.add_section("spec", &request.spec)?;
         writer.add_section("container", &request.container)?;

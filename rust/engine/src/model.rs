@@ -2,6 +2,8 @@
 //! space and a descriptor table; descriptors point to open file descriptions; those to objects. What is shared
 //! is stored once and referred to by index.
 
+use std::collections::BTreeSet;
+
 use serde::{Deserialize, Serialize};
 
 use crate::kinds::{self, files::Description};
@@ -108,14 +110,17 @@ impl Inventory {
             .sum()
     }
 
+    /// What a reader must know to restore this, beyond format 1.0.
+    pub fn requires(&self) -> BTreeSet<&'static str> {
+        self.descriptions.iter().filter_map(|d| d.object.requires()).collect()
+    }
+
     /// Closes every TCP connection that leads out of the container.
     pub fn close_outside(&mut self) {
-        for description in &mut self.descriptions {
-            if let kinds::files::Object::Inet(state) = &mut description.object
-                && state.close_outside()
-            {
-                self.warnings.extend(state.warning());
-            }
-        }
+        let states = self.descriptions.iter_mut().filter_map(|d| match &mut d.object {
+            kinds::files::Object::Inet(state) => Some(state),
+            _ => None,
+        });
+        self.warnings.extend(states.filter_map(|s| s.close_outside()));
     }
 }

@@ -10,6 +10,7 @@ use nix::unistd::{SysconfVar, sysconf};
 use serde::{Deserialize, Serialize};
 
 use crate::checksum;
+use crate::codec::Codec;
 use crate::error::Error;
 use crate::layout::{DATA_START, HEADER_LEN, MAGIC, MAJOR, MINOR, PAGE_SIZE};
 
@@ -20,8 +21,11 @@ const MAX_PATH: usize = 1024;
 const PART: &str = "header";
 /// Required of the reader of an image that has a parent.
 pub(crate) const PARENT: &str = "parent";
-/// The abilities that this reader has.
-const KNOWN: [&str; 3] = [PARENT, "lz4", "zstd"];
+/// Required of the reader of an image that holds TCP connections, or sockets whose connection was closed in the image:
+/// one that does not know them would make fresh sockets in their place.
+pub const CONNECTIONS: &str = "connections";
+/// The abilities that this reader has, each with the minor version that brought it.
+const KNOWN: [(&str, u16); 4] = [(PARENT, 1), ("lz4", 1), ("zstd", 1), (CONNECTIONS, 2)];
 
 /// The image that an image goes on from: known by its content, so that another one at the same place is refused.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -91,9 +95,7 @@ impl HeaderInfo {
         let mut page = vec![0; HEADER_LEN];
         page[..8].copy_from_slice(&MAGIC);
         page[8..10].copy_from_slice(&MAJOR.to_le_bytes());
-        // The lowest version that has what is in the image.
-        let minor = if self.requires.is_empty() { 0 } else { MINOR };
-        page[10..12].copy_from_slice(&minor.to_le_bytes());
+        page[10..12].copy_from_slice(&self.minor().to_le_bytes());
         page[12..16].copy_from_slice(&(json.len() as u32).to_le_bytes());
         page[JSON_AT..JSON_AT + json.len()].copy_from_slice(&json);
         let sum = checksum::of(&page[..CHECKSUM_AT]);
@@ -137,9 +139,30 @@ impl HeaderInfo {
         Ok((info, minor))
     }
 
+    /// What it requires for what it holds, not for how the file holds it.
+    pub(crate) fn of_content(&self) -> Vec<String> {
+        let is_of_file = |word: &&String| *word == PARENT || Codec::of(std::slice::from_ref(word)).is_some();
+        self.requires.iter().filter(|word| !is_of_file(word)).cloned().collect()
+    }
+
+    /// The lowest minor version that has what is in the image.
+    fn minor(&self) -> u16 {
+        let since = |word: &String| {
+            KNOWN
+                .iter()
+                .find(|(known, _)| known == word)
+                .map_or(MINOR, |(_, minor)| *minor)
+        };
+        self.requires.iter().map(since).max().unwrap_or(0)
+    }
+
     /// Refuses an image that needs what this program does not know.
     pub(crate) fn check_known(&self, path: &Path) -> Result<(), Error> {
-        match self.requires.iter().find(|word| !KNOWN.contains(&word.as_str())) {
+        match self
+            .requires
+            .iter()
+            .find(|word| KNOWN.iter().all(|(known, _)| known != word))
+        {
             Some(feature) => Err(Error::Feature {
                 path: path.to_path_buf(),
                 section: PART.to_owned(),

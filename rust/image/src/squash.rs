@@ -22,6 +22,7 @@ pub fn squash(image: &Reader, dir: &Path, info: HeaderInfo, how: Compression) ->
         arch: old.arch.clone(),
         page_size: old.page_size,
         extra: old.extra.clone(),
+        requires: old.of_content(),
         ..info
     };
     let mut writer = Writer::create(dir, info)?;

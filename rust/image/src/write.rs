@@ -2,6 +2,7 @@
 
 use std::fs::File;
 use std::io::{self, Read, Write};
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -56,7 +57,10 @@ pub struct Writer {
     frames: Vec<Frame>,
     blocks: BlockTable,
     info: HeaderInfo,
+    /// The header page of `info`.
     header: Vec<u8>,
+    /// The page in the file is an older one.
+    header_is_new: bool,
     sections: Vec<(String, Vec<u8>)>,
     runs: Vec<PageRun>,
     parent: Option<Arc<Reader>>,
@@ -129,6 +133,7 @@ impl Writer {
             blocks: BlockTable::new(),
             info,
             header: Vec::new(),
+            header_is_new: false,
             sections: Vec::new(),
             runs: Vec::new(),
             parent,
@@ -320,6 +325,19 @@ impl Writer {
         Ok(())
     }
 
+    /// Demands an ability of every reader of this image, for something that turned out to be in it.
+    ///
+    /// # Errors
+    /// [`Error::Misuse`] if the word is not a short printable one, or is that of an image with a parent.
+    pub fn require(&mut self, word: &str) -> Result<(), Error> {
+        if !self.info.requires.iter().any(|known| known == word) {
+            self.info.requires.push(word.to_owned());
+            self.header = self.info.encode(self.place.target())?;
+            self.header_is_new = true;
+        }
+        Ok(())
+    }
+
     /// Bytes of header and data so far, as they are in the file; compressed data arrives there a little later.
     pub fn bytes(&self) -> u64 {
         self.position
@@ -359,6 +377,10 @@ impl Writer {
         self.flush()?;
         self.writeback.stop();
         let path = self.place.target();
+        if self.header_is_new {
+            let written = self.place.file().write_all_at(&self.header, 0);
+            written.map_err(|error| Error::io(path, "write", error))?;
+        }
         self.place
             .file()
             .sync_all()

@@ -9,7 +9,7 @@ use std::path::Path;
 
 use proptest::prelude::*;
 use support::{BLOB, Notes, Scratch, page, small, small_child};
-use torpor_image::{Compression, HeaderInfo, PageRun, Reader, Writer, squash};
+use torpor_image::{CONNECTIONS, Compression, HeaderInfo, PageRun, Reader, Writer, squash};
 
 fn info() -> HeaderInfo {
     HeaderInfo::new("0.1.0")
@@ -37,6 +37,7 @@ fn the_new_image_has_all_and_needs_no_other() {
     small(&scratch.join("1"), info());
     let mut header = info();
     header.extra.insert("mood".to_owned(), serde_json::json!("calm"));
+    header.requires.push(CONNECTIONS.to_owned());
     small_child(&scratch.join("2"), header, "../1", Compression::Lz4);
     let old = Reader::open(&scratch.join("2")).unwrap();
     let expected = content(&old);
@@ -49,6 +50,10 @@ fn the_new_image_has_all_and_needs_no_other() {
         assert_eq!((new.chain().len(), new.digest()), (1, committed.digest));
         assert!(new.header().parent.is_none() && new.header().uuid != old.header().uuid);
         assert_eq!(new.header().extra, old.header().extra);
+        // What the file holds, not how the old one held it.
+        let packed = (how != Compression::None).then_some("zstd");
+        let requires = [CONNECTIONS].into_iter().chain(packed);
+        assert!(new.header().requires.iter().eq(requires), "{:?}", new.header());
         assert!(content(&new) == expected);
         let notes: Notes = new.section("metadata").unwrap();
         assert_eq!(new.blob(notes.blob).unwrap(), BLOB);

@@ -89,6 +89,14 @@ pub enum Object {
 }
 
 impl Object {
+    /// What a reader must know to restore it, if that is more than it is at first sight.
+    pub fn requires(&self) -> Option<&'static str> {
+        match self {
+            Object::Inet(state) => state.has_met().then_some(torpor_image::CONNECTIONS),
+            _ => None,
+        }
+    }
+
     /// A word or path for people.
     pub fn name(&self) -> &str {
         match self {

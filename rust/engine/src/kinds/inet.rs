@@ -106,8 +106,7 @@ pub struct State {
 impl State {
     /// What the program may notice after a restore, in words for the report.
     pub fn warning(&self) -> Option<String> {
-        let show = |e: &Option<Endpoint>| e.as_ref().map(|e| e.address.to_string()).unwrap_or_default();
-        let (local, peer) = (show(&self.local), show(&self.peer));
+        let (local, peer) = self.ends();
         if self.mptcp {
             return Some(format!(
                 "socket {local}: MPTCP is not carried yet, it comes back as plain TCP"
@@ -118,17 +117,29 @@ impl State {
         })
     }
 
-    /// Closes a connection that leads out of the container (`--tcp-close`). True when it was one.
-    pub fn close_outside(&mut self) -> bool {
-        let leads_out = self
-            .connection
-            .as_ref()
-            .is_some_and(|c| c.mate == connection::Mate::Outside);
-        if leads_out {
-            self.connection = None;
-            self.reset = true;
-        }
-        leads_out
+    /// It is not simply a socket with an address: there is, was or will be a connection.
+    pub fn has_met(&self) -> bool {
+        self.connection.is_some() || self.connecting || self.reset
+    }
+
+    /// Closes a connection that leads out of the container (`--tcp-close`). What the program will notice, in words for
+    /// the report, when it was one.
+    pub fn close_outside(&mut self) -> Option<String> {
+        self.connection
+            .take_if(|c| c.mate == connection::Mate::Outside)
+            .map(|_| {
+                self.reset = true;
+                let (local, peer) = self.ends();
+                format!(
+                    "socket {local}: its connection to {peer} is closed (--tcp-close), the program will read ECONNRESET"
+                )
+            })
+    }
+
+    /// Both addresses, for people.
+    fn ends(&self) -> (String, String) {
+        let show = |e: &Option<Endpoint>| e.as_ref().map(|e| e.address.to_string()).unwrap_or_default();
+        (show(&self.local), show(&self.peer))
     }
 
     fn family(&self) -> i32 {
@@ -207,8 +218,7 @@ pub fn collect(
     let new = || socket::create(state.family(), protocol.kind(), 0);
     let new = namespace::within(pid, &["net"], new).about(pid, &subject.object)?;
     state.options = options::differing(fd, &new).about(pid, &subject.object)?;
-    let has_met = state.shutdown != 0 || state.reset || state.connecting || state.connection.is_some();
-    if protocol == Protocol::Tcp && has_met {
+    if protocol == Protocol::Tcp && (state.shutdown != 0 || state.has_met()) {
         // What its connection left there, not what the program wished, or what matters only before one.
         for name in [
             "TCP_MAXSEG",

@@ -1,10 +1,10 @@
-//! The images of `tests/golden`: `v1` has everything that format 1.0 has, `v1.1` is a chain of three, and compressed images, with the same bytes on every machine and every day.
+//! The images of `tests/golden`: `v1` has everything that format 1.0 has, `v1.1` is a chain of three, and compressed images, `v1.2` requires something of another kind, with the same bytes on every machine and every day.
 
 use std::collections::BTreeMap;
 use std::path::Path;
 
 use serde::{Deserialize, Serialize};
-use torpor_image::{BlobRef, Committed, Compression, Error, HeaderInfo, PageRun, Writer};
+use torpor_image::{BlobRef, CONNECTIONS, Committed, Compression, Error, HeaderInfo, PageRun, Writer};
 
 #[derive(Debug, PartialEq, Serialize, Deserialize)]
 pub struct Metadata {
@@ -60,6 +60,15 @@ pub fn runs() -> [PageRun; 4] {
 }
 
 pub fn write(dir: &Path) -> Result<Committed, Error> {
+    write_requiring(dir, None)
+}
+
+/// The image of version 1.2: what it requires is known only when the header has been written.
+pub fn write_with_connections(dir: &Path) -> Result<Committed, Error> {
+    write_requiring(dir, Some(CONNECTIONS))
+}
+
+fn write_requiring(dir: &Path, word: Option<&str>) -> Result<Committed, Error> {
     let mut writer = Writer::create(dir, header())?;
     writer.append_pages(&[page(1), page(2)].concat())?;
     let xstate = writer.append_blob(&xstate())?;
@@ -74,6 +83,7 @@ pub fn write(dir: &Path) -> Result<Committed, Error> {
     };
     writer.add_section("metadata", &metadata)?;
     writer.add_section("container", &container())?;
+    word.map_or(Ok(()), |word| writer.require(word))?;
     writer.commit()
 }
 

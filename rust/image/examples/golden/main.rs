@@ -12,5 +12,6 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         committed.path.display()
     );
     image::write_chain(&std::path::Path::new(&dir).join("v1.1"))?;
+    image::write_with_connections(&std::path::Path::new(&dir).join("v1.2"))?;
     Ok(())
 }
