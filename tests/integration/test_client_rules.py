@@ -316,6 +316,19 @@ def test_19_ps_kill_delete_update(torpor: Torpor, busybox: Callable[..., Path]) 
     torpor("delete", "--force", name)
 
 
+def test_19_exec_hands_on_descriptors(torpor: Torpor, waiter: Callable[..., Container], tmp: Path) -> None:
+    c = waiter()
+    (tmp / "file").write_text("by descriptor 3\n")
+    words = torpor.argv("exec", "--preserve-fds", "1", c.id, "sh", "-c", "cat <&3; ls /proc/self/fd | wc -l")
+    with procs.claiming:
+        done = subprocess.run(
+            ["bash", "-c", f'exec 3< {tmp / "file"} 4< /dev/null; exec "$@"', "bash", *words],
+            stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False,
+        )  # fmt: skip
+    # three streams, this one, and the directory that ls reads
+    assert done.stdout.split("\n") == ["by descriptor 3", "5", ""], done
+
+
 @pytest.mark.parametrize("interval", ["1s", "1", "200ms"])
 def test_19_events(torpor: Torpor, busybox: Callable[..., Path], interval: str) -> None:
     name = new_id()

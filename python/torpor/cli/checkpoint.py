@@ -11,9 +11,9 @@ import os
 
 from torpor import compression
 from torpor.errors import UsageError
-from torpor.flags import BOOL, LIST, NUMBER, TEXT, Flag, assume
+from torpor.flags import BOOL, NUMBER, TEXT, Flag, assume
 
-from .common import PERMISSION, Refused, check_refused, container, one_id, refused_flags
+from .common import CRIU_FLAGS, PERMISSION, Refused, check_refused, container, one_id, refused_flags
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -46,16 +46,8 @@ FLAGS = (
     Flag("tcp-established", BOOL, "keep TCP connections that lead out of the container; else they are closed"),
     Flag("tcp-skip-in-flight", BOOL, "leave out TCP connections that nobody has accepted yet"),
     Flag("link-remap", BOOL, PERMISSION),
-    Flag("ext-unix-sk", BOOL, PERMISSION),
-    Flag("shell-job", BOOL, PERMISSION),
-    Flag("file-locks", BOOL, PERMISSION),
-    Flag("manage-cgroups-mode", TEXT, "accepted; the spec decides", choices=("soft", "full", "strict", "ignore")),
-    Flag("empty-ns", LIST, "accepted for `network`; repeatable"),
-    Flag("network-lock", TEXT, "accepted", choices=("iptables", "nftables", "skip")),
-    # Each of these asks for what is done anyway.
-    Flag("auto-dedup", BOOL, "accepted; parent images stay as they are"),
+    *CRIU_FLAGS,
     Flag("exclude-committed-zero-pages", BOOL, "accepted; zero pages are never written"),
-    Flag("direct", BOOL, "accepted; torpor chooses how to do its I/O"),
     Flag("status-fd", NUMBER, "", default=-1, hidden=True),
     Flag("save-restore-exec-timeout", TEXT, "", hidden=True),
     *refused_flags(_REFUSED),

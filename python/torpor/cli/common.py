@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torpor.container import Container
 from torpor.errors import UsageError
-from torpor.flags import BOOL, NUMBER, TEXT, Flag, Parsed
+from torpor.flags import BOOL, LIST, NUMBER, TEXT, Flag, Parsed
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -30,6 +30,18 @@ DETACH = Flag("detach", BOOL, "return as soon as the container runs", short="d")
 
 # Help for what asks for permission that CRIU needs and torpor does not.
 PERMISSION = "accepted; what can be carried is carried without being asked"
+
+# checkpoint and restore: what clients of runc hand on to CRIU.
+CRIU_FLAGS = (
+    Flag("ext-unix-sk", BOOL, PERMISSION),
+    Flag("shell-job", BOOL, PERMISSION),
+    Flag("file-locks", BOOL, PERMISSION),
+    Flag("manage-cgroups-mode", TEXT, "accepted; the spec decides", choices=("soft", "full", "strict", "ignore")),
+    Flag("empty-ns", LIST, "accepted for `network`; repeatable"),
+    Flag("network-lock", TEXT, "accepted", choices=("iptables", "nftables", "skip")),
+    Flag("auto-dedup", BOOL, "accepted; parent images stay as they are"),
+    Flag("direct", BOOL, "accepted; torpor chooses how to do its I/O"),
+)
 
 # Not there yet, and ignoring them would break a promise: (flag, kind, what it would need).
 Refused = tuple[tuple[str, str, str], ...]

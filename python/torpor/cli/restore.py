@@ -8,10 +8,10 @@ import os
 
 from torpor import api, create
 from torpor.errors import UsageError
-from torpor.flags import BOOL, LIST, TEXT, Flag
+from torpor.flags import BOOL, TEXT, Flag
 
 from .checkpoint import WorkLog, check_empty_ns
-from .common import DETACH, NO_SUBREAPER, PERMISSION, START_FLAGS, Refused, check_refused, one_id, refused_flags
+from .common import CRIU_FLAGS, DETACH, NO_SUBREAPER, START_FLAGS, Refused, check_refused, one_id, refused_flags
 from .run import forget, start
 
 TYPE_CHECKING = False
@@ -41,16 +41,9 @@ FLAGS = (
     Flag("track", BOOL, "note what is written to from now on, for a checkpoint with --parent-path"),
     Flag("parent-path", TEXT, "accepted; an image knows its parent"),
     Flag("stats", BOOL, "print what each stage took, on stderr: stdout is the program's"),
-    Flag("direct", BOOL, "accepted; torpor chooses how to do its I/O"),
     Flag("tcp-established", BOOL, "accepted; connections that the image keeps come back"),
     Flag("tcp-close", BOOL, "close TCP connections that lead out of the container"),
-    Flag("ext-unix-sk", BOOL, PERMISSION),
-    Flag("shell-job", BOOL, PERMISSION),
-    Flag("file-locks", BOOL, PERMISSION),
-    Flag("manage-cgroups-mode", TEXT, "accepted; the spec decides", choices=("soft", "full", "strict", "ignore")),
-    Flag("empty-ns", LIST, "accepted for `network`; repeatable"),
-    Flag("network-lock", TEXT, "accepted", choices=("iptables", "nftables", "skip")),
-    Flag("auto-dedup", BOOL, "accepted; parent images stay as they are"),
+    *CRIU_FLAGS,
     Flag("lsm-profile", TEXT, "TYPE:NAME, where this machine has that security module"),
     Flag("lsm-mount-context", TEXT, "SELinux context of mounts, where this machine has SELinux"),
     *refused_flags(_REFUSED),

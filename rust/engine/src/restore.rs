@@ -1,6 +1,7 @@
 //! From an image to a running container: read -> plan -> build -> fill -> resume.
 
 use std::path::PathBuf;
+use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
@@ -88,7 +89,7 @@ pub fn restore(request: &Request, cancel: &Cancel, on_loaded: &mut dyn FnMut() -
     let mut run = Run::new(cancel);
     torpor_sys::fd::raise_limit();
     let image = run.stage(Stage::Read, || {
-        let image = Reader::open(&request.image_path)?;
+        let image = Arc::new(Reader::open(&request.image_path)?);
         if request.background {
             // The pages are checked block by block, when they are needed.
             // Blobs lie before the pages: they are read while the processes are built.
@@ -122,7 +123,9 @@ pub fn restore(request: &Request, cancel: &Cancel, on_loaded: &mut dyn FnMut() -
         let waits = |area: &Area| request.background && area.can_wait();
         let bytes = fill::fill(&skeleton, &inventory, &shares, &image, cancel, |area| !waits(area))?;
         let pager = if request.background {
-            Some(start_pager(&skeleton, &inventory, request)?)
+            let missing = skeleton.missing(&inventory, &image)?;
+            let record = request.record_working_set;
+            Some(Pager::start(request.pid, image.clone(), missing, record)?)
         } else {
             huge::rebuild(&skeleton, &inventory, &shares)?;
             None
@@ -156,12 +159,6 @@ pub fn restore(request: &Request, cancel: &Cancel, on_loaded: &mut dyn FnMut() -
         warnings,
     };
     Ok(Restored { report, pager, tracker })
-}
-
-fn start_pager(skeleton: &Skeleton, inventory: &Inventory, request: &Request) -> Result<Pager> {
-    let image = Reader::open(&request.image_path)?;
-    let missing = skeleton.missing(inventory, &image)?;
-    Pager::start(request.pid, image, missing, request.record_working_set)
 }
 
 /// Completes every process, and lets all go at once: only when nothing can fail any more.

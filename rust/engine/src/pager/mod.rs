@@ -76,7 +76,7 @@ pub struct Missing {
 
 #[derive(Debug)]
 struct Shared {
-    image: Reader,
+    image: Arc<Reader>,
     /// By number of the address space.
     blocks: HashMap<u32, Blocks>,
     queue: Queue,
@@ -114,7 +114,7 @@ pub struct Pager {
 impl Pager {
     /// Registers everything and begins to serve faults. `init` is the container's, which ends when we are killed: a
     /// program would find zeroes where pages are missing. With `record` what is touched first is noted beside the image.
-    pub fn start(init: Pid, image: Reader, missing: Vec<Missing>, record: bool) -> Result<Pager> {
+    pub fn start(init: Pid, image: Arc<Reader>, missing: Vec<Missing>, record: bool) -> Result<Pager> {
         let target = pidfd::open(init).about(init, "pidfd")?;
         let (over, line) = fd::pipe().about(init, "pager")?;
         let mut blocks = HashMap::new();
