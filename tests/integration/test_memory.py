@@ -37,3 +37,16 @@ def test_what_forked_workers_share_is_stored_once_and_shared_again(
     again.restore_from(tmp / "image")
     again.verify()
     assert pss(again) < before + 4 * MIB
+
+
+def test_what_mappings_have_beside_bytes_comes_with_memory_that_is_brought_later(stage: Callable[[str], Stage], tmp: Path) -> None:
+    """Guards, locks and seals are there before the pages are."""
+    play = stage("mappings")
+    c = play.start()
+    c.verify()
+    c.checkpoint(tmp / "image")
+    c.delete()
+    again = play.successor(c)
+    again.restore_from(tmp / "image", "--background")
+    again.verify()
+    again.verify()

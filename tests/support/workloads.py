@@ -156,7 +156,7 @@ WORKLOADS = {
         _c("orphans"),
         Workload("counter", ("sh", "/bin/counter.sh"), "busybox", real=True),
         Workload("pipeline", ("sh", "/bin/pipeline.sh"), "busybox", real=True),
-        _c("forked"),
+        _c("forked"), _c("mappings"),
         Workload("busy", ("/bin/busy",), "busybox", real=True),
         Workload("cpython", ("/usr/bin/python3.11", "/wl/cpython.py", "256"), "host", real=True, needs=("command:python3.11",)),
         Workload("redis",

@@ -48,6 +48,7 @@ impl Advance {
 fn is_same_list(known: &[Vma], now: &[Vma]) -> bool {
     let plain = |v: &Vma| Vma {
         flags: Vec::new(),
+        key: 0,
         ..v.clone()
     };
     known.len() == now.len() && known.iter().zip(now).all(|(k, n)| plain(k) == *n)
@@ -62,7 +63,7 @@ pub fn confirms(twin: &[Vma], assumed: &[Vma]) -> bool {
     assumed.iter().filter(|v| !v.has(b"dc")).all(|v| {
         let at = twin.partition_point(|t| t.start < v.start);
         twin.get(at)
-            .is_some_and(|t| (t.start, t.end) == (v.start, v.end) && flags(t) == flags(v))
+            .is_some_and(|t| (t.start, t.end, t.key) == (v.start, v.end, v.key) && flags(t) == flags(v))
     })
 }
 
@@ -84,6 +85,7 @@ mod tests {
             inode: 0,
             name: String::new(),
             flags: flags.iter().map(|f| **f).collect(),
+            key: 0,
         }
     }
 

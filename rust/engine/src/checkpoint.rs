@@ -13,9 +13,10 @@ use crate::capture::Captured;
 use crate::collect::Collected;
 use crate::error::{Error, Result};
 use crate::kinds::inet::connection::Policy;
+use crate::kinds::memory::Area;
 use crate::stage::{Cancel, Run, Stage, Timing};
 use crate::track::{Tracker, Tracking};
-use crate::{capture, collect, freeze, huge, twin};
+use crate::{capture, collect, freeze, guards, huge, twin};
 
 /// What to do.
 #[derive(Debug, Deserialize)]
@@ -197,6 +198,7 @@ fn attempt(
             Capture::Stop => {
                 captured.add(&capture::capture(&collected, &base, &mut writer, cancel)?);
                 huge::collect(&mut collected, Some)?;
+                guards::collect(&mut collected, Some, |_| true)?;
                 // Memory is in the file now: a container that goes on need not wait for the disk.
                 let frozen = if request.leave_running {
                     frozen.release().map(|()| None)?
@@ -211,6 +213,7 @@ fn attempt(
             }
             Capture::Background => {
                 captured.add(&capture::in_pause(&collected, &base, &mut writer, cancel)?);
+                guards::collect(&mut collected, Some, |area| !area.is_inherited())?;
                 let twins = twin::make(&collected.sources)?;
                 frozen.release()?;
                 pause = since.elapsed();
@@ -220,6 +223,7 @@ fn attempt(
                     let twin = |pid| twins.of(pid);
                     captured.add(&capture::from(&collected, &base, twin, &mut writer, cancel)?);
                     huge::collect(&mut collected, twin)?;
+                    guards::collect(&mut collected, twin, Area::is_inherited)?;
                 }
                 twins.check()?;
                 twins.dismiss()?;

@@ -335,7 +335,6 @@ struct Asked {
         signals::AskedProcess,
         settings::AskedProcess,
         [torpor_sys::remote::Data; 3],
-        usize,
     )>,
     stack: torpor_sys::remote::Data,
     creds: usize,
@@ -392,14 +391,14 @@ impl<'f> Subject<'f> {
         // After an error the code stays: a thread that could not be brought home is still on its way through it.
         let (mut threads, answers) = self.ask_all(&before, &door, ctx)?;
         door.close().about(pid, "visit")?;
-        let (mut signals, settings, timers, mut posix_timers, brk) = answers;
+        let (mut signals, settings, timers, mut posix_timers, inside) = answers;
         posix_timers::take_pending(&mut posix_timers, &mut signals.pending);
         for thread in &mut threads {
             posix_timers::take_pending(&mut posix_timers, &mut thread.signals.pending);
         }
         let body = Body {
             threads,
-            memory: memory::collect(pid, &self.vmas, &self.stat, brk, ctx.tables)?,
+            memory: memory::collect(pid, &self.vmas, &self.stat, &inside, ctx.tables)?,
             fds,
             fs: fs::collect(pid, &self.status, ctx.maps)?,
             signals,
@@ -434,7 +433,7 @@ impl<'f> Subject<'f> {
             settings::ProcessState,
             timers::State,
             Vec<posix_timers::State>,
-            u64,
+            memory::Inside,
         ),
     )> {
         let pid = self.frozen.pid;
@@ -446,21 +445,23 @@ impl<'f> Subject<'f> {
             let inner = last(&thread.status.ns_pids);
             let mut visit = door.enter(thread.tid, inner).about(thread.tid, "visit")?;
             let results = visit.run(&batch).about(thread.tid, "visit")?;
-            let posix_timers = match asked.process {
-                None => Vec::new(),
+            let alone = match asked.process {
+                None => None,
                 Some(_) => {
                     let mut run = |batch: &Batch| visit.run(batch).about(pid, "POSIX timers");
-                    posix_timers::collect(pid, self.status.cap_effective, &mut run, ctx.warnings)?
+                    let timers = posix_timers::collect(pid, self.status.cap_effective, &mut run, ctx.warnings)?;
+                    let mut run = |batch: &Batch| visit.run(batch).about(pid, "memory");
+                    Some((timers, memory::ask(&self.vmas, &mut run)?))
                 }
             };
             visit.leave().about(thread.tid, "visit")?;
-            if let Some((signals, settings, timers, brk)) = asked.process {
+            if let (Some((signals, settings, timers)), Some((posix_timers, inside))) = (asked.process, alone) {
                 of_process = Some((
                     signals::answer_process(pid, signals, &results)?,
                     settings::answer_process(pid, ctx.init, &settings, &results)?,
                     timers::answer(timers, &results),
                     posix_timers,
-                    results.raw(brk) as u64,
+                    inside,
                 ));
             }
             let xstate = ptrace::xstate(thread.tid).about(thread.tid, "extended registers")?;
@@ -483,8 +484,7 @@ impl<'f> Subject<'f> {
             let signals = signals::ask_process(batch, &self.status);
             let settings = settings::ask_process(batch);
             let timers = timers::ask(batch);
-            let brk = batch.must("brk", libc::SYS_brk, [0.into()]);
-            Some((signals, settings, timers, brk))
+            Some((signals, settings, timers))
         } else {
             None
         };

@@ -15,6 +15,7 @@ pub mod common;
 pub mod error;
 pub mod fill;
 pub mod freeze;
+pub mod guards;
 pub mod huge;
 pub mod inspect;
 pub mod kinds;

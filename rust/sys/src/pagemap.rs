@@ -14,6 +14,7 @@ const PRESENT: u64 = 1 << 3;
 const SWAPPED: u64 = 1 << 4;
 const PFNZERO: u64 = 1 << 5;
 const HUGE: u64 = 1 << 6;
+const GUARD: u64 = 1 << 8;
 
 /// `_IOWR('f', 16, struct pm_scan_arg)`.
 const PAGEMAP_SCAN: libc::c_ulong = 0xc060_6610;
@@ -35,6 +36,13 @@ const DATA: Wanted = Wanted {
 };
 /// Pages in huge pages that belong to no file.
 const IN_HUGE: Wanted = Wanted { any: HUGE, ..DATA };
+/// Guard pages.
+const GUARDS: Wanted = Wanted {
+    all: 0,
+    none: 0,
+    any: GUARD,
+    flags: 0,
+};
 /// Those with data that nothing was written to since they were protected.
 const UNCHANGED: Wanted = Wanted {
     all: WPALLOWED,
@@ -126,6 +134,16 @@ impl Pagemap {
     pub fn huge(&self, start: u64, end: u64, out: &mut Vec<(u64, u64)>) -> Result<()> {
         if self.can_scan {
             self.scan(&IN_HUGE, start, end, out)
+        } else {
+            Ok(())
+        }
+    }
+
+    /// The ranges of [start, end) that are guards (MADV_GUARD_INSTALL of madvise(2); PAGE_IS_GUARD of PAGEMAP_SCAN). None on
+    /// a kernel that cannot tell (before 6.16). `out` is appended to.
+    pub fn guards(&self, start: u64, end: u64, out: &mut Vec<(u64, u64)>) -> Result<()> {
+        if self.can_scan && self.scan(&GUARDS, start, start + PAGE_SIZE, &mut Vec::new()).is_ok() {
+            self.scan(&GUARDS, start, end, out)
         } else {
             Ok(())
         }

@@ -215,6 +215,8 @@ pub struct Vma {
     pub name: String,
     /// The two-letter VmFlags, empty when read from maps.
     pub flags: Vec<[u8; 2]>,
+    /// The protection key (pkeys(7)), 0 when read from maps or where there are none.
+    pub key: u32,
 }
 
 impl Vma {
@@ -268,6 +270,7 @@ fn parse_vma_line(line: &str) -> Option<Vma> {
         inode: inode.parse().ok()?,
         name: rest.trim_start().into(),
         flags: Vec::new(),
+        key: 0,
     })
 }
 
@@ -278,6 +281,8 @@ pub fn parse_maps(text: &str) -> Option<Vec<Vma>> {
         let first = line.bytes().next()?;
         if first.is_ascii_digit() || (b'a'..=b'f').contains(&first) {
             all.push(parse_vma_line(line)?);
+        } else if let Some(key) = line.strip_prefix("ProtectionKey:") {
+            all.last_mut()?.key = key.trim().parse().ok()?;
         } else if let Some(flags) = line.strip_prefix("VmFlags:") {
             let vma = all.last_mut()?;
             vma.flags = flags

@@ -168,7 +168,7 @@ fn is_inheritable(area: &Area, of: &Area) -> bool {
     let both = |is: fn(&Area) -> bool| is(area) && is(of);
     both(Area::is_opened)
         && both(Area::is_inherited)
-        && (area.flags, area.source, &area.advice) == (of.flags, of.source, &of.advice)
+        && (area.flags, area.source, &area.advice, &area.policy) == (of.flags, of.source, &of.advice, &of.policy)
         && same_file
 }
 

@@ -112,6 +112,7 @@ impl Skeleton {
             memory::seal(&mut batch, area);
             self.flush(pid, &mut batch, "mappings")?;
         }
+        memory::rebuild_lock_future(&mut batch, &body.memory);
         settings::rebuild_process(&mut batch, &body.settings);
         signals::rebuild_actions(&mut batch, &body.signals);
         fs::rebuild_removed(pid, &body.fs, &|batch| self.results(pid, batch, "working directory"))?;

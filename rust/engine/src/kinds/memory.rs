@@ -6,11 +6,11 @@ use serde::{Deserialize, Serialize};
 use torpor_sys::fd;
 use torpor_sys::mem::Memory;
 use torpor_sys::proc::{self, Stat, Vma};
-use torpor_sys::remote::{Arg, Batch};
+use torpor_sys::remote::{Arg, Batch, Results};
 use torpor_sys::{PAGE_SIZE, Pid};
 
 use super::paths::View;
-use super::{shared, vdso};
+use super::{numa, shared, vdso};
 use crate::error::{About, Error, Result};
 use crate::track::Tracking;
 
@@ -30,6 +30,9 @@ pub struct State {
     /// What was in huge pages: start and end, multiples of 2 MiB, by address.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub huge: Vec<(u64, u64)>,
+    /// What mlockall(2) does to mappings to come: MCL_FUTURE, MCL_ONFAULT.
+    #[serde(default)]
+    pub lock_future: i32,
 }
 
 /// Where the pages of a mapping come from.
@@ -68,9 +71,25 @@ pub struct Area {
     /// Locked in memory.
     #[serde(default)]
     pub locked: bool,
+    /// Only those pages that are touched (mlock2(2), MLOCK_ONFAULT).
+    #[serde(default, skip_serializing_if = "is_not")]
+    pub locked_on_fault: bool,
+    /// Sealed (mseal(2)).
+    #[serde(default, skip_serializing_if = "is_not")]
+    pub sealed: bool,
+    /// On which nodes its pages are put.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub policy: Option<numa::Policy>,
+    /// Guard pages in it: start and end, by address. Found when memory is captured.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub guards: Vec<(u64, u64)>,
     /// Counted as memory in use (VmFlags "ac"): it is or once was writable.
     #[serde(default)]
     pub accounted: bool,
+}
+
+fn is_not(flag: &bool) -> bool {
+    !flag
 }
 
 /// A file that is mapped.
@@ -87,7 +106,7 @@ pub struct MappedFile {
 }
 
 /// VmFlags (proc(5)) and the madvise(2) advice that sets each.
-const ADVICE: [(&[u8; 2], i32); 7] = [
+const ADVICE: [(&[u8; 2], i32); 8] = [
     (b"sr", libc::MADV_SEQUENTIAL),
     (b"rr", libc::MADV_RANDOM),
     (b"dc", libc::MADV_DONTFORK),
@@ -95,18 +114,22 @@ const ADVICE: [(&[u8; 2], i32); 7] = [
     (b"hg", libc::MADV_HUGEPAGE),
     (b"nh", libc::MADV_NOHUGEPAGE),
     (b"wf", libc::MADV_WIPEONFORK),
+    (b"mg", libc::MADV_MERGEABLE),
 ];
 
+/// mmap(2): memory that the kernel may take away when it needs some (6.11).
+const MAP_DROPPABLE: i32 = 8;
+const MADV_GUARD_INSTALL: i32 = 102;
+const SYS_MSEAL: i64 = 462;
+
 /// Flags of mappings that are not carried, and what to call them.
-const REFUSED: [(&[u8; 2], &str); 8] = [
+const REFUSED: [(&[u8; 2], &str); 6] = [
     (b"ht", "memory of huge pages (hugetlbfs)"),
     (b"um", "memory watched by userfaultfd"),
     (b"uw", "memory write-protected by userfaultfd"),
     (b"ui", "memory watched by userfaultfd"),
     (b"ss", "a shadow stack"),
-    (b"sl", "sealed memory (mseal)"),
     (b"io", "memory of a device"),
-    (b"mg", "memory merged by KSM"),
 ];
 
 /// What several address spaces share while they are collected.
@@ -122,16 +145,69 @@ pub struct Tables<'v> {
     pub shared: shared::Table,
 }
 
+/// What only the process itself can be asked.
+#[derive(Debug)]
+pub struct Inside {
+    brk: u64,
+    lock_future: i32,
+    policies: Vec<(u64, numa::Policy)>,
+}
+
+const PROT_BOTH: i32 = libc::PROT_READ | libc::PROT_WRITE;
+
+/// Asks a process that is visited: its brk, the policies of its mappings, and whether a new mapping is locked, which a page
+/// that is mapped for a moment shows: locked memory cannot be given up, and is there before it is touched.
+pub fn ask(vmas: &[Vma], run: &mut dyn FnMut(&Batch) -> Result<Results>) -> Result<Inside> {
+    const EINVAL: i64 = -22;
+    let mut batch = Batch::new();
+    let brk = batch.must("brk", libc::SYS_brk, [0.into()]);
+    let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
+    let args = [
+        0.into(),
+        PAGE_SIZE.into(),
+        PROT_BOTH.into(),
+        flags.into(),
+        (-1).into(),
+        0.into(),
+    ];
+    let page = Arg::Result(batch.must("a page", libc::SYS_mmap, args));
+    let is_there = batch.room(8);
+    batch.may("mincore", libc::SYS_mincore, [page, PAGE_SIZE.into(), is_there.into()]);
+    let args = [page, PAGE_SIZE.into(), libc::MADV_DONTNEED.into()];
+    let given_up = batch.may("MADV_DONTNEED", libc::SYS_madvise, args);
+    batch.must("munmap", libc::SYS_munmap, [page, PAGE_SIZE.into()]);
+    let results = run(&batch)?;
+    let is_locked = results.raw(given_up) == EINVAL;
+    let waits = results.bytes(is_there)[0] & 1 == 0;
+    let starts: Vec<u64> = vmas.iter().filter(|v| !is_kernels(v)).map(|v| v.start).collect();
+    Ok(Inside {
+        brk: results.raw(brk) as u64,
+        lock_future: match (is_locked, waits) {
+            (false, _) => 0,
+            (true, false) => libc::MCL_FUTURE,
+            (true, true) => libc::MCL_FUTURE | libc::MCL_ONFAULT,
+        },
+        policies: numa::collect(&starts, run)?,
+    })
+}
+
+fn is_kernels(vma: &Vma) -> bool {
+    vdso::is_part(vma) || vma.name == "[vsyscall]"
+}
+
 /// The address space of a stopped process. `vmas` come from smaps.
-pub fn collect(pid: Pid, vmas: &[Vma], stat: &Stat, brk: u64, tables: &mut Tables<'_>) -> Result<State> {
+pub fn collect(pid: Pid, vmas: &[Vma], stat: &Stat, inside: &Inside, tables: &mut Tables<'_>) -> Result<State> {
     let kernel = vmas
         .iter()
         .filter(|v| vdso::is_part(v))
         .map(|v| (v.start, v.len()))
         .collect();
     let mut areas = Vec::new();
-    for vma in vmas.iter().filter(|v| !vdso::is_part(v) && v.name != "[vsyscall]") {
-        areas.push(area(pid, vma, tables)?);
+    for vma in vmas.iter().filter(|v| !is_kernels(v)) {
+        let mut area = area(pid, vma, tables)?;
+        let policy = inside.policies.iter().find(|(start, _)| *start == area.start);
+        area.policy = policy.map(|(_, policy)| policy.clone());
+        areas.push(area);
     }
     let auxv = proc::auxv(pid).about(pid, "auxv")?;
     let word = |c: &[u8]| u64::from_le_bytes([c[0], c[1], c[2], c[3], c[4], c[5], c[6], c[7]]);
@@ -144,7 +220,7 @@ pub fn collect(pid: Pid, vmas: &[Vma], stat: &Stat, brk: u64, tables: &mut Table
             stat.start_data,
             stat.end_data,
             stat.start_brk,
-            brk,
+            inside.brk,
             stat.start_stack,
             stat.arg_start,
             stat.arg_end,
@@ -155,6 +231,7 @@ pub fn collect(pid: Pid, vmas: &[Vma], stat: &Stat, brk: u64, tables: &mut Table
         exe: exe(pid, tables)?,
         // Found when memory is captured.
         huge: Vec::new(),
+        lock_future: inside.lock_future,
     })
 }
 
@@ -165,20 +242,36 @@ fn exe(pid: Pid, tables: &mut Tables<'_>) -> Result<Source> {
     source_of(pid, &link, &file, false, tables)
 }
 
-fn area(pid: Pid, vma: &Vma, tables: &mut Tables<'_>) -> Result<Area> {
-    let object = || format!("mapping {:x}-{:x} {}", vma.start, vma.end, vma.name);
+fn name_of(vma: &Vma) -> String {
+    format!("mapping {:x}-{:x} {}", vma.start, vma.end, vma.name)
+}
+
+/// # Errors
+/// Refused: what no image holds.
+fn check(pid: Pid, vma: &Vma, is_watched_by_us: impl Fn() -> bool) -> Result<()> {
+    let refuse = |what: String| {
+        Err(Error::unsupported(
+            pid,
+            name_of(vma),
+            format!("{what} is not carried yet"),
+            "",
+        ))
+    };
     for (flag, what) in REFUSED {
-        // Our own watch is not the program's.
-        let is_ours = || flag == b"uw" && tables.tracking.owns(pid, vma.start, vma.end);
-        if vma.has(flag) && !is_ours() {
-            return Err(Error::unsupported(
-                pid,
-                object(),
-                format!("{what} is not carried yet"),
-                "",
-            ));
+        if vma.has(flag) && !(flag == b"uw" && is_watched_by_us()) {
+            return refuse(what.into());
         }
     }
+    if vma.key != 0 {
+        return refuse(format!("its protection key {} (pkey_mprotect(2))", vma.key));
+    }
+    Ok(())
+}
+
+fn area(pid: Pid, vma: &Vma, tables: &mut Tables<'_>) -> Result<Area> {
+    let object = || name_of(vma);
+    // Our own watch is not the program's.
+    check(pid, vma, || tables.tracking.owns(pid, vma.start, vma.end))?;
     shared::check_name(pid, &vma.name)?;
     let is_file = vma.inode != 0;
     let source = if is_file {
@@ -194,6 +287,8 @@ fn area(pid: Pid, vma: &Vma, tables: &mut Tables<'_>) -> Result<Area> {
     let bit = |on: bool, flag| if on { flag } else { 0 };
     let flags = if vma.shared {
         libc::MAP_SHARED
+    } else if vma.has(b"dp") {
+        MAP_DROPPABLE
     } else {
         libc::MAP_PRIVATE
     } | bit(source == Source::Nothing, libc::MAP_ANONYMOUS)
@@ -213,6 +308,10 @@ fn area(pid: Pid, vma: &Vma, tables: &mut Tables<'_>) -> Result<Area> {
             .map(|(_, advice)| *advice)
             .collect(),
         locked: vma.has(b"lo"),
+        locked_on_fault: vma.has(b"lf"),
+        sealed: vma.has(b"sl"),
+        policy: None,
+        guards: Vec::new(),
         accounted: vma.has(b"ac"),
     })
 }
@@ -260,7 +359,7 @@ fn source_of(pid: Pid, name: &str, file: &OwnedFd, writable: bool, tables: &mut 
 impl Area {
     /// Whether its data belongs to the process alone, so that it is saved with it.
     pub fn is_private(&self) -> bool {
-        self.flags & libc::MAP_PRIVATE != 0
+        self.flags & (libc::MAP_PRIVATE | MAP_DROPPABLE) != 0
     }
 
     /// Whether a child gets a copy of it (fork(2)): if not, a twin does not have it either.
@@ -301,6 +400,7 @@ pub fn rebuild_area(batch: &mut Batch, area: &Area, fd: Arg) {
         area.offset.into(),
     ];
     batch.must(what, libc::SYS_mmap, args);
+    numa::rebuild_area(batch, area);
     for advice in &area.advice {
         batch.must(
             "madvise",
@@ -310,7 +410,7 @@ pub fn rebuild_area(batch: &mut Batch, area: &Area, fd: Arg) {
     }
 }
 
-/// Gives an area that has been filled its final protection, name and lock.
+/// Gives an area that has been filled its final protection, name, guards, lock and seal.
 pub fn seal(batch: &mut Batch, area: &Area) {
     const PR_SET_VMA: i32 = 0x5356_4d41;
     let len = area.end - area.start;
@@ -327,8 +427,31 @@ pub fn seal(batch: &mut Batch, area: &Area) {
         let args = [PR_SET_VMA.into(), 0.into(), area.start.into(), len.into(), text.into()];
         batch.may("PR_SET_VMA", libc::SYS_prctl, args);
     }
-    if area.locked {
-        batch.must("mlock", libc::SYS_mlock, [area.start.into(), len.into()]);
+    for &(start, end) in &area.guards {
+        let args = [start.into(), (end - start).into(), MADV_GUARD_INSTALL.into()];
+        batch.must(format!("guard of {start:x}-{end:x}"), libc::SYS_madvise, args);
+    }
+    let range = [area.start.into(), len.into()];
+    if area.locked_on_fault {
+        const MLOCK_ONFAULT: i32 = 1;
+        let args = [range[0], range[1], MLOCK_ONFAULT.into()];
+        batch.must("mlock2", libc::SYS_mlock2, args);
+    } else if area.locked && area.guards.is_empty() {
+        batch.must("mlock", libc::SYS_mlock, range);
+    } else if area.locked {
+        // It is locked, and then said that the guards cannot be brought in.
+        batch.may("mlock", libc::SYS_mlock, range);
+    }
+    if area.sealed {
+        let args = [range[0], range[1], 0.into()];
+        batch.must(format!("mseal of {:x}-{:x}", area.start, area.end), SYS_MSEAL, args);
+    }
+}
+
+/// What mlockall(2) is to do to mappings to come.
+pub fn rebuild_lock_future(batch: &mut Batch, state: &State) {
+    if state.lock_future != 0 {
+        batch.must("mlockall", libc::SYS_mlockall, [state.lock_future.into()]);
     }
 }
 
@@ -395,4 +518,29 @@ pub fn common_hole(taken: &[(u64, u64)], len: u64) -> Option<u64> {
 /// Reads the memory of a process that is being visited or built.
 pub fn open(pid: Pid) -> Result<Memory> {
     Memory::open(pid).about(pid, "memory")
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_mapping_with_a_protection_key_is_refused_by_name() {
+        let smaps = |key| {
+            format!(
+                "7f00-8f00 rw-p 00000000 00:00 0 \nSize: 4 kB\nProtectionKey:  {key}\nVmFlags: rd wr mr mw me ac uw \n"
+            )
+        };
+        let vma = |key: u32| proc::parse_maps(&smaps(key)).unwrap().remove(0);
+        check(1, &vma(0), || true).unwrap();
+        let watched = check(1, &vma(0), || false).unwrap_err().to_string();
+        assert!(watched.contains("write-protected by userfaultfd"), "{watched}");
+        let refused = check(12, &vma(3), || true).unwrap_err().to_string();
+        assert!(
+            refused.contains("12") && refused.contains("mapping 7f00-8f00"),
+            "{refused}"
+        );
+        assert!(refused.contains("protection key 3"), "{refused}");
+    }
 }

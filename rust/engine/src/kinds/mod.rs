@@ -15,6 +15,7 @@ pub mod listener;
 pub mod locks;
 pub mod memory;
 pub mod mounts;
+pub mod numa;
 pub mod objects;
 pub mod owner;
 pub mod paths;

@@ -8,7 +8,7 @@ use torpor_sys::{Pid, RemoteAddr};
 
 use crate::bounds::Bounds;
 use crate::error::{About, Error, Result};
-use crate::kinds::scheduling;
+use crate::kinds::{numa, scheduling};
 
 const CAP_SYS_RESOURCE: u64 = 24;
 
@@ -23,6 +23,12 @@ pub struct ProcessState {
     pub subreaper: i32,
     /// PR_GET_THP_DISABLE.
     pub no_huge_pages: i64,
+    /// PR_GET_MDWE: whether memory may not become executable.
+    #[serde(default)]
+    pub deny_exec: i64,
+    /// PR_GET_MEMORY_MERGE: whether equal pages are looked for in all of its memory.
+    #[serde(default)]
+    pub memory_merge: i64,
     /// Written to /proc/PID/oom_score_adj.
     pub oom_score_adj: i32,
     /// Signal mask of /proc/PID/coredump_filter.
@@ -56,6 +62,10 @@ const fn by_default() -> i64 {
     PR_MCE_KILL_DEFAULT
 }
 
+const PR_SET_MDWE: i32 = 65;
+const PR_GET_MDWE: i32 = 66;
+const PR_SET_MEMORY_MERGE: i32 = 67;
+const PR_GET_MEMORY_MERGE: i32 = 68;
 const PR_SET_IO_FLUSHER: i32 = 57;
 const PR_GET_IO_FLUSHER: i32 = 58;
 const MEMBARRIER_GET_REGISTRATIONS: u64 = 1 << 9;
@@ -86,6 +96,9 @@ pub struct ThreadState {
     pub scheduling: scheduling::State,
     /// PR_GET_TIMERSLACK.
     pub timer_slack: i64,
+    /// On which nodes its new pages are put.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub memory_policy: Option<numa::Policy>,
     /// PR_GET_TSC: PR_TSC_SIGSEGV when reading the time stamp counter is forbidden.
     #[serde(default)]
     pub time_stamp: i32,
@@ -103,6 +116,8 @@ pub struct AskedProcess {
     dumpable: usize,
     subreaper: Data,
     no_huge_pages: usize,
+    deny_exec: usize,
+    memory_merge: usize,
     membarrier: usize,
     memory_errors: usize,
     io_flusher: usize,
@@ -114,6 +129,7 @@ pub struct AskedThread {
     clear_tid: Data,
     death: Data,
     slack: usize,
+    policy: numa::Asked,
     time_stamp: Data,
     cpuid: usize,
     speculation: [usize; 3],
@@ -129,6 +145,8 @@ pub fn ask_process(batch: &mut Batch) -> AskedProcess {
         dumpable: batch.must("PR_GET_DUMPABLE", prctl, [libc::PR_GET_DUMPABLE.into()]),
         subreaper,
         no_huge_pages: batch.may("PR_GET_THP_DISABLE", prctl, [libc::PR_GET_THP_DISABLE.into()]),
+        deny_exec: batch.may("PR_GET_MDWE", prctl, [PR_GET_MDWE.into()]),
+        memory_merge: batch.may("PR_GET_MEMORY_MERGE", prctl, [PR_GET_MEMORY_MERGE.into()]),
         membarrier: batch.may(
             "membarrier",
             libc::SYS_membarrier,
@@ -154,6 +172,8 @@ pub fn answer_process(pid: Pid, init: Pid, asked: &AskedProcess, results: &Resul
         dumpable: results.raw(asked.dumpable),
         subreaper: results.i32(asked.subreaper),
         no_huge_pages: results.raw(asked.no_huge_pages).max(0),
+        deny_exec: results.raw(asked.deny_exec).max(0),
+        memory_merge: results.raw(asked.memory_merge).max(0),
         oom_score_adj: small_file(pid, "oom_score_adj")?.parse().unwrap_or(0),
         coredump_filter: small_file(pid, "coredump_filter")?,
         personality: small_file(pid, "personality")?,
@@ -183,6 +203,7 @@ pub fn ask_thread(batch: &mut Batch) -> AskedThread {
     AskedThread {
         clear_tid,
         death,
+        policy: numa::ask_thread(batch),
         slack: batch.may("PR_GET_TIMERSLACK", prctl, [libc::PR_GET_TIMERSLACK.into()]),
         time_stamp,
         cpuid: batch.may("ARCH_GET_CPUID", libc::SYS_arch_prctl, [ARCH_GET_CPUID.into()]),
@@ -217,6 +238,7 @@ pub fn answer_thread(
         parent_death_signal: results.i32(asked.death),
         scheduling: scheduling::collect(tid).about(tid, "scheduling")?,
         timer_slack: results.raw(asked.slack),
+        memory_policy: asked.policy.answer(results),
         time_stamp: results.i32(asked.time_stamp),
         cpuid: results.raw(asked.cpuid),
         speculation: SPECULATION_KINDS
@@ -227,7 +249,7 @@ pub fn answer_thread(
     })
 }
 
-/// Switches of the process that must be set before its ids are.
+/// Switches of the process that must be set before its ids are. Its memory has its final protection.
 pub fn rebuild_process(batch: &mut Batch, state: &ProcessState) {
     let prctl = libc::SYS_prctl;
     batch.must(
@@ -240,6 +262,12 @@ pub fn rebuild_process(batch: &mut Batch, state: &ProcessState) {
         prctl,
         [libc::PR_SET_THP_DISABLE.into(), state.no_huge_pages.into()],
     );
+    if state.memory_merge != 0 {
+        batch.must("PR_SET_MEMORY_MERGE", prctl, [PR_SET_MEMORY_MERGE.into(), 1.into()]);
+    }
+    if state.deny_exec != 0 {
+        batch.must("PR_SET_MDWE", prctl, [PR_SET_MDWE.into(), state.deny_exec.into()]);
+    }
     for command in (0..63)
         .map(|bit| 1u64 << bit)
         .filter(|c| state.membarrier as u64 & c != 0)
@@ -389,6 +417,7 @@ pub fn rebuild_thread(batch: &mut Batch, state: &ThreadState) {
         batch.may("PR_SET_TIMERSLACK", libc::SYS_prctl, args);
     }
     scheduling::rebuild(batch, &state.scheduling);
+    numa::rebuild_thread(batch, state.memory_policy.as_ref());
     for (kind, value) in &state.speculation {
         let args = [libc::PR_SET_SPECULATION_CTRL.into(), (*kind).into(), (*value).into()];
         batch.must(format!("PR_SET_SPECULATION_CTRL of {kind}"), libc::SYS_prctl, args);
