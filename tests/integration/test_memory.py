@@ -39,7 +39,9 @@ def test_what_forked_workers_share_is_stored_once_and_shared_again(
     assert pss(again) < before + 4 * MIB
 
 
-def test_what_mappings_have_beside_bytes_comes_with_memory_that_is_brought_later(stage: Callable[[str], Stage], tmp: Path) -> None:
+def test_what_mappings_have_beside_bytes_comes_with_memory_that_is_brought_later(
+    stage: Callable[[str], Stage], tmp: Path
+) -> None:
     """Guards, locks and seals are there before the pages are."""
     play = stage("mappings")
     c = play.start()
