@@ -24,10 +24,11 @@ from .state import check_id
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
     from typing import Any
 
     from .plan import Plan
+    from .progress import Progress
 
 __all__ = [
     "Checkpoint",
@@ -146,6 +147,7 @@ def restore(
     record_working_set: bool = False,
     track: bool = False,
     tcp_close: bool = False,
+    on_progress: Callable[[Progress], object] | None = None,
 ) -> Container:
     """Wake up an image in a new container. The same image can be restored any number of times, also at once.
 
@@ -161,6 +163,8 @@ def restore(
             what has changed without reading the rest; not with `background`.
         tcp_close: close the TCP connections that the image keeps (`Container.checkpoint` with `tcp_established`): the
             program reads ECONNRESET from them.
+        on_progress: called while the image is read and memory is filled, at most twenty times a second; an error from
+            it undoes the restore, as Ctrl-C does: if the program does not run by then.
 
     Raises:
         ImageError: the image is missing, damaged, of another version or another machine.
@@ -190,7 +194,11 @@ def restore(
             stdio=stdio_of(stdin, stdout, stderr),
             supervise=True,
             filling=create.Filling(
-                background=background, record_working_set=record_working_set, track=track, tcp_close=tcp_close
+                background=background,
+                record_working_set=record_working_set,
+                track=track,
+                tcp_close=tcp_close,
+                on_progress=on_progress,
             ),
         ),
         directory,

@@ -12,10 +12,12 @@ from .state import Home, State
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from types import TracebackType
     from typing import Any
 
     from .launcher import Stdio
+    from .progress import Progress
 
 
 class Container:
@@ -325,6 +327,7 @@ class Container:
         tcp_established: bool = False,
         tcp_skip_in_flight: bool = False,
         compression: str = "none",
+        on_progress: Callable[[Progress], object] | None = None,
     ) -> Checkpoint:
         """Write the container into `image_path`/checkpoint.img and stop it, or with `leave_running` let it go on.
 
@@ -343,6 +346,9 @@ class Container:
         nobody has accepted yet are a reason to refuse, unless `tcp_skip_in_flight` leaves them out.
 
         `compression` of the image: "none", "lz4", "zstd" or "zstd:LEVEL" with a level from 1 to 19.
+
+        `on_progress` is called while memory is copied, at most twenty times a second; an error from it undoes the
+        checkpoint, as Ctrl-C does: if it is not complete by then.
 
         The directory is made when it is missing. Whatever goes wrong, the container runs on as before and no file is
         left.
@@ -375,7 +381,7 @@ class Container:
             "tcp_skip_in_flight": tcp_skip_in_flight,
             "compression": check(compression, "compression"),
         }
-        return Checkpoint(image_path, self._checkpoint(image_path, wishes))
+        return Checkpoint(image_path, self._checkpoint(image_path, wishes, on_progress=on_progress))
 
     def checkpoint_detached(
         self,
@@ -416,7 +422,14 @@ class Container:
         done = detached.wait(self.home)
         return None if done is None else Checkpoint(*done)
 
-    def _checkpoint(self, image_path: str, wishes: dict[str, Any], *, detach: bool = False) -> dict[str, Any]:
+    def _checkpoint(
+        self,
+        image_path: str,
+        wishes: dict[str, Any],
+        *,
+        detach: bool = False,
+        on_progress: Callable[[Progress], object] | None = None,
+    ) -> dict[str, Any]:
         """`wishes` are fields of the engine's request."""
         if not image_path:
             raise UsageError("an image path is required: give the directory to write the image to", code="bad-flag")
@@ -442,7 +455,8 @@ class Container:
             else:
                 detached.forget(home)
             try:
-                report: dict[str, Any] = quick_json.loads(_core.checkpoint(quick_json.dumps(request)))
+                tell = told_to(on_progress)
+                report: dict[str, Any] = quick_json.loads(_core.checkpoint(quick_json.dumps(request), tell))
             except BaseException:
                 for directory in made:
                     _remove_if_empty(directory)
@@ -589,6 +603,15 @@ class PendingCheckpoint:
         if done is None or done.path != self.path:
             raise StateError(f"another checkpoint of {self._container.id!r} came after this one", code="bad-state")
         return done
+
+
+def told_to(listener: Callable[[Progress], object] | None) -> Callable[[str, int, int], None] | None:
+    """What the engine is to call so that `listener`, if there is one, is told."""
+    if listener is None:
+        return None
+    from .progress import teller
+
+    return teller(listener)
 
 
 class Checkpoint:

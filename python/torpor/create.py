@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 
 from . import exits, launcher, log, overlay, proc, quick_json, ruins, warm
-from .container import Container
+from .container import Container, told_to
 from .errors import StateError, TorporError, UsageError
 from .state import Home, State, check_id, may, replace_file
 
@@ -23,12 +23,13 @@ if TYPE_CHECKING:
     from .config import Config
     from .launcher import Stdio
     from .plan import Plan
+    from .progress import Progress
 
 
 class Filling:
     """How a restore brings memory, and what it leaves out."""
 
-    __slots__ = ("background", "record_working_set", "restored", "tcp_close", "track")
+    __slots__ = ("background", "loaded", "on_progress", "record_working_set", "restored", "tcp_close", "track")
 
     def __init__(
         self,
@@ -37,6 +38,8 @@ class Filling:
         record_working_set: bool = False,
         track: bool = False,
         tcp_close: bool = False,
+        on_progress: Callable[[Progress], object] | None = None,
+        loaded: Callable[[], object] | None = None,
         restored: Callable[[dict[str, Any]], None] | None = None,
     ) -> None:
         # The program runs before its memory is there.
@@ -45,6 +48,10 @@ class Filling:
         self.record_working_set = record_working_set
         # TCP connections that lead out of the container are closed.
         self.tcp_close = tcp_close
+        # Called while memory is brought.
+        self.on_progress = on_progress
+        # Called when all is there and nothing runs yet.
+        self.loaded = loaded
         # Called with the engine's report when the program runs.
         self.restored = restored
         # What it writes to from then on is noted, for an incremental checkpoint.
@@ -202,6 +209,8 @@ def _fill(
     from . import _core, pager, tracker
 
     def on_loaded() -> None:
+        if filling.loaded is not None:
+            filling.loaded()
         # Everything is there and still stopped: from here on it is a running container, whatever becomes of us.
         commit()
         state.move("running")
@@ -220,7 +229,8 @@ def _fill(
         "track": filling.track,
         "tracker": home.file(tracker.NOTE),
     }
-    report = quick_json.loads(_core.restore(quick_json.dumps(request), on_loaded))
+    tell = told_to(filling.on_progress)
+    report = quick_json.loads(_core.restore(quick_json.dumps(request), on_loaded, tell))
     log.debug(f"restored {image} into {state.id}: {report}")
     if report["background"]:
         pager.note(home, report["pager"])

@@ -13,13 +13,24 @@ from torpor import compression
 from torpor.errors import UsageError
 from torpor.flags import BOOL, NUMBER, TEXT, Flag, assume
 
-from .common import CRIU_FLAGS, PERMISSION, Refused, check_refused, container, one_id, refused_flags
+from .common import (
+    CRIU_FLAGS,
+    PERMISSION,
+    PROGRESS,
+    Refused,
+    check_refused,
+    container,
+    display,
+    one_id,
+    refused_flags,
+)
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from torpor.config import Config
+    from torpor.container import Checkpoint, Container
     from torpor.flags import Parsed
 
 USAGE = "--image-path DIR [flags] ID"
@@ -36,6 +47,7 @@ FLAGS = (
     Flag("leave-running", BOOL, "let the container go on afterwards"),
     Flag("detach", BOOL, "with --leave-running: return as soon as the container runs again; see wait --checkpoint"),
     Flag("stats", BOOL, "print what each stage took"),
+    PROGRESS,
     Flag("capture", TEXT, "how --leave-running reads memory; stop if it is little", choices=("background", "stop")),
     Flag("parent-path", TEXT, "directory of an earlier image, relative to --image-path, to go on from"),
     Flag("track", BOOL, "with --leave-running: note what is written to from now on, for the next --parent-path"),
@@ -88,17 +100,7 @@ def execute(config: Config, flags: Parsed) -> int:
             return 0
         old = flags.text("work-path") and os.path.isfile(os.path.join(path, "checkpoint.img"))
         # Beside the old one: a parent path is the same from there.
-        saved = found.checkpoint(
-            f"{path}.torpor-{os.getpid()}" if old else path,
-            leave_running=flags.on("leave-running"),
-            capture=flags.text("capture"),
-            parent_path=flags.text("parent-path"),
-            pre_dump=flags.on("pre-dump"),
-            track=flags.on("track"),
-            tcp_established=flags.on("tcp-established"),
-            tcp_skip_in_flight=flags.on("tcp-skip-in-flight"),
-            compression=flags.text("compression"),
-        )
+        saved = _save(found, f"{path}.torpor-{os.getpid()}" if old else path, flags)
         if old:
             _replace(saved.path, path)
         work_log.note(f"wrote {path}: {saved.report}")
@@ -114,6 +116,30 @@ def execute(config: Config, flags: Parsed) -> int:
 
         print(stats.table(saved.report), end="")
     return 0
+
+
+def _save(found: Container, path: str, flags: Parsed) -> Checkpoint:
+    shown = display("checkpoint", flags)
+    try:
+        saved = found.checkpoint(
+            path,
+            leave_running=flags.on("leave-running"),
+            capture=flags.text("capture"),
+            parent_path=flags.text("parent-path"),
+            pre_dump=flags.on("pre-dump"),
+            track=flags.on("track"),
+            tcp_established=flags.on("tcp-established"),
+            tcp_skip_in_flight=flags.on("tcp-skip-in-flight"),
+            compression=flags.text("compression"),
+            on_progress=shown.tell if shown else None,
+        )
+    except BaseException:
+        if shown:
+            shown.abandon()
+        raise
+    if shown:
+        shown.end(saved.report["pause_us"])
+    return saved
 
 
 _ANNOTATIONS = "dev.torpor.checkpoint."
@@ -154,6 +180,8 @@ def _check_detach(flags: Parsed) -> None:
     for name in ("track", "pre-dump"):
         if flags.on(name):
             why = f"--{name} needs a checkpoint that is waited for: leave --detach out"
+    if flags.text("progress") == "json":
+        why = "--progress=json needs a checkpoint that is waited for: leave --detach out"
     if flags.on("stats"):
         why = "--stats needs a checkpoint that is waited for: leave --detach out"
     if why:

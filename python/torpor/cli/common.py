@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 from torpor.container import Container
 from torpor.errors import UsageError
 from torpor.flags import BOOL, LIST, NUMBER, TEXT, Flag, Parsed
@@ -12,6 +14,7 @@ if TYPE_CHECKING:
 
     from torpor.config import Config
     from torpor.create import Options
+    from torpor.progress import Display
 
 # create, run, restore
 START_FLAGS = (
@@ -27,6 +30,14 @@ START_FLAGS = (
 
 NO_SUBREAPER = Flag("no-subreaper", BOOL, "accepted; torpor never makes itself the subreaper of its caller")
 DETACH = Flag("detach", BOOL, "return as soon as the container runs", short="d")
+
+PROGRESS = Flag(
+    "progress",
+    TEXT,
+    "on stderr: JSON lines, or a bar if it takes long and that is a terminal",
+    default="auto",
+    choices=("auto", "json", "none"),
+)
 
 # Help for what asks for permission that CRIU needs and torpor does not.
 PERMISSION = "accepted; what can be carried is carried without being asked"
@@ -45,6 +56,16 @@ CRIU_FLAGS = (
 
 # Not there yet, and ignoring them would break a promise: (flag, kind, what it would need).
 Refused = tuple[tuple[str, str, str], ...]
+
+
+def display(verb: str, flags: Parsed) -> Display | None:
+    """What --progress asks for."""
+    mode = flags.text("progress")
+    if mode != "json" and not (mode == "auto" and os.isatty(2)):
+        return None
+    from torpor.progress import Display
+
+    return Display(verb, lines=mode == "json")
 
 
 def start_options(

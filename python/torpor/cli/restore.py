@@ -11,7 +11,18 @@ from torpor.errors import UsageError
 from torpor.flags import BOOL, TEXT, Flag
 
 from .checkpoint import WorkLog, check_empty_ns
-from .common import CRIU_FLAGS, DETACH, NO_SUBREAPER, START_FLAGS, Refused, check_refused, one_id, refused_flags
+from .common import (
+    CRIU_FLAGS,
+    DETACH,
+    NO_SUBREAPER,
+    PROGRESS,
+    START_FLAGS,
+    Refused,
+    check_refused,
+    display,
+    one_id,
+    refused_flags,
+)
 from .run import forget, start
 
 TYPE_CHECKING = False
@@ -22,6 +33,7 @@ if TYPE_CHECKING:
     from torpor.container import Container
     from torpor.create import Options
     from torpor.flags import Parsed
+    from torpor.progress import Display
 
 USAGE = "--image-path DIR [flags] ID"
 
@@ -40,6 +52,7 @@ FLAGS = (
     Flag("record-working-set", BOOL, "with --background: note beside the image what is touched first"),
     Flag("track", BOOL, "note what is written to from now on, for a checkpoint with --parent-path"),
     Flag("parent-path", TEXT, "accepted; an image knows its parent"),
+    PROGRESS,
     Flag("stats", BOOL, "print what each stage took, on stderr: stdout is the program's"),
     Flag("tcp-established", BOOL, "accepted; connections that the image keeps come back"),
     Flag("tcp-close", BOOL, "close TCP connections that lead out of the container"),
@@ -60,14 +73,20 @@ def execute(config: Config, flags: Parsed) -> int:
     check_refused(flags, _REFUSED)
     check_empty_ns(flags)
     _check_lsm(flags)
-    filling = _filling(flags)
+    shown = display("restore", flags)
+    filling = _filling(flags, shown)
     image = os.path.abspath(image)
     with WorkLog(flags.text("work-path"), "restore.log") as work_log:
         work_log.note(f"restoring {image} as {container_id}")
         existing = api.find(container_id, root=config.root)
-        if existing is not None:
-            return _fill(config, existing, flags, image, filling)
-        return _make(config, container_id, flags, image, filling)
+        try:
+            if existing is not None:
+                return _fill(config, existing, flags, image, filling)
+            return _make(config, container_id, flags, image, filling)
+        except BaseException:
+            if shown:
+                shown.abandon()
+            raise
 
 
 def _fill(config: Config, existing: Container, flags: Parsed, image: str, filling: create.Filling) -> int:
@@ -106,12 +125,15 @@ def _make(config: Config, container_id: str, flags: Parsed, image: str, filling:
     return start(config, flags, what, build)
 
 
-def _filling(flags: Parsed) -> create.Filling:
+def _filling(flags: Parsed, shown: Display | None) -> create.Filling:
     return create.Filling(
         background=flags.on("background"),
         record_working_set=flags.on("record-working-set"),
         track=flags.on("track"),
         tcp_close=flags.on("tcp-close"),
+        on_progress=shown.tell if shown else None,
+        # Before the program has the terminal.
+        loaded=shown.end if shown else None,
         restored=_print_stats if flags.on("stats") else None,
     )
 

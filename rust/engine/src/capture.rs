@@ -15,7 +15,7 @@ use crate::common::Common;
 use crate::error::{About, Error, Result};
 use crate::kinds::memory::{self, Area, Source};
 use crate::model::Inventory;
-use crate::stage::Cancel;
+use crate::stage::{Cancel, Stage};
 
 /// Address spaces are numbered by process; shared objects from here on.
 pub const SHARED: u32 = 1 << 31;
@@ -45,23 +45,20 @@ pub fn capture(collected: &Collected, base: &Base, writer: &mut Writer, cancel: 
 
 /// Copies what a twin does not have: shared objects, which would change under it, and areas that are not inherited.
 pub fn in_pause(collected: &Collected, base: &Base, writer: &mut Writer, cancel: &Cancel) -> Result<Captured> {
-    pump(base, writer, |pump| {
+    let own = collected.sources.len() == 1;
+    pump(base, writer, cancel, |pump| {
+        let mut extents = Vec::new();
         for source in &collected.sources {
             let ranges = private(&collected.inventory, base, source.index, source.pid, |area| {
                 !area.is_inherited()
             })?;
-            let own = collected.sources.len() == 1;
-            pump.address_space(source.index, source.pid, &ranges, own, cancel)?;
+            extents.extend(Extent::private(source.index, source.pid, own, ranges));
         }
-        for (index, (file, state)) in collected
-            .shared
-            .iter()
-            .zip(&collected.inventory.objects.shared)
-            .enumerate()
-        {
-            pump.shared(SHARED + index as u32, file, state.size, cancel)?;
+        let states = &collected.inventory.objects.shared;
+        for (index, (file, state)) in collected.shared.iter().zip(states).enumerate() {
+            extents.push(Extent::shared(SHARED + index as u32, file, state.size)?);
         }
-        Ok(())
+        pump.copy(&extents)
     })
 }
 
@@ -74,7 +71,8 @@ pub fn from(
     cancel: &Cancel,
 ) -> Result<Captured> {
     let mut common = Common::of(collected, reader)?;
-    let mut captured = pump(base, writer, |pump| {
+    let mut captured = pump(base, writer, cancel, |pump| {
+        let mut extents = Vec::new();
         for source in &collected.sources {
             let pid = common.reader(source.index)?;
             let ranges = private(&collected.inventory, base, source.index, pid, Area::is_inherited)?;
@@ -84,9 +82,9 @@ pub fn from(
             ];
             // A twin has every page in common with its original.
             let own = pid == source.pid && collected.sources.len() == 1;
-            pump.address_space(source.index, pid, &ranges, own, cancel)?;
+            extents.extend(Extent::private(source.index, pid, own, ranges));
         }
-        Ok(())
+        pump.copy(&extents)
     })?;
     captured.shares = common.shares().to_vec();
     Ok(captured)
@@ -112,15 +110,39 @@ struct Piece {
     buffer: Vec<u8>,
 }
 
+/// What is to be copied of one space. All of it is found before any is copied: then it is known how much there is.
+struct Extent<'c> {
+    space: u32,
+    of_file: bool,
+    origin: Origin<'c>,
+    ranges: Ranges,
+}
+
+/// Who has it.
+enum Origin<'c> {
+    /// `own`: no other process has any of its pages.
+    Process {
+        pid: i32,
+        own: bool,
+    },
+    Shared(&'c OwnedFd),
+}
+
 /// The reading end: fills buffers and hands them over.
-struct Pump {
+struct Pump<'c> {
+    cancel: &'c Cancel,
     full: SyncSender<Piece>,
     empty: Receiver<Vec<u8>>,
 }
 
 /// Runs `read` here and a writer beside it, so that copying out of a process and into the file overlap. Three
 /// buffers go round: that is all the memory it takes.
-fn pump(base: &Base, writer: &mut Writer, read: impl FnOnce(&mut Pump) -> Result<()>) -> Result<Captured> {
+fn pump(
+    base: &Base,
+    writer: &mut Writer,
+    cancel: &Cancel,
+    read: impl FnOnce(&Pump<'_>) -> Result<()>,
+) -> Result<Captured> {
     const BUFFERS: usize = 3;
     let (full, pieces) = sync_channel::<Piece>(BUFFERS);
     let (give_back, empty) = sync_channel(BUFFERS);
@@ -134,13 +156,14 @@ fn pump(base: &Base, writer: &mut Writer, read: impl FnOnce(&mut Pump) -> Result
             let mut captured = Captured::default();
             for piece in pieces {
                 store(writer, base, &piece, &mut captured)?;
+                cancel.progress.advance(total(&piece.ranges));
                 // The reader may have finished already.
                 let _ = give_back.send(piece.buffer);
             }
             Ok(captured)
         });
-        let mut pump = Pump { full, empty };
-        let read = read(&mut pump);
+        let pump = Pump { cancel, full, empty };
+        let read = read(&pump);
         drop(pump);
         let written = writing
             .join()
@@ -151,7 +174,7 @@ fn pump(base: &Base, writer: &mut Writer, read: impl FnOnce(&mut Pump) -> Result
     })
 }
 
-impl Pump {
+impl Pump<'_> {
     fn send(
         &self,
         space: u32,
@@ -161,8 +184,7 @@ impl Pump {
     ) -> Result<()> {
         let gone = || Error::nonsense("the writer is gone");
         let mut buffer = self.empty.recv().map_err(|_| gone())?;
-        let len: u64 = ranges.iter().map(|r| r.1).sum();
-        fill(&ranges, &mut buffer[..len as usize])?;
+        fill(&ranges, &mut buffer[..total(&ranges) as usize])?;
         let piece = Piece {
             space,
             of_file,
@@ -172,55 +194,71 @@ impl Pump {
         self.full.send(piece).map_err(|_| gone())
     }
 
-    /// `own`: no other process has any of its pages.
-    fn address_space(
-        &mut self,
-        index: usize,
-        pid: i32,
-        ranges: &[Ranges; 2],
-        own: bool,
-        cancel: &Cancel,
-    ) -> Result<()> {
-        let memory = memory::open(pid)?;
-        for (of_file, ranges) in [false, true].into_iter().zip(ranges) {
-            for group in pieces(ranges) {
-                cancel.check()?;
-                self.send(index as u32, of_file, group, |ranges, out| {
-                    let read = if own {
-                        memory.gather(ranges, out)
-                    } else {
-                        memory.gather_common(ranges, out)
-                    };
-                    read.about(pid, "memory")
-                })?;
-            }
-        }
-        Ok(())
+    fn copy(&self, extents: &[Extent<'_>]) -> Result<()> {
+        let bytes = extents.iter().flat_map(|e| &e.ranges).map(|r| r.1 - r.0).sum();
+        self.cancel.progress.expect(Stage::Capture, bytes);
+        extents
+            .iter()
+            .filter(|e| !e.ranges.is_empty())
+            .try_for_each(|extent| match extent.origin {
+                Origin::Process { pid, own } => {
+                    let memory = memory::open(pid)?;
+                    self.copy_extent(extent, |ranges, out| {
+                        let read = if own {
+                            memory.gather(ranges, out)
+                        } else {
+                            memory.gather_common(ranges, out)
+                        };
+                        read.about(pid, "memory")
+                    })
+                }
+                Origin::Shared(file) => {
+                    let file = file
+                        .try_clone()
+                        .map_err(|e| torpor_sys::Error::io("dup", "shared object", &e));
+                    let file = std::fs::File::from(file.about(0, "shared object")?);
+                    self.copy_extent(extent, |ranges, out| read_ranges(&file, ranges, out))
+                }
+            })
     }
 
-    fn shared(&mut self, space: u32, file: &OwnedFd, size: u64, cancel: &Cancel) -> Result<()> {
-        let ranges: Vec<(u64, u64)> = fd::data_ranges(file, size)
-            .about(0, "shared object")?
-            .into_iter()
-            .map(|(start, end)| (start & !(PAGE_SIZE - 1), end.next_multiple_of(PAGE_SIZE)))
-            .collect();
-        let file = file
-            .try_clone()
-            .map_err(|e| torpor_sys::Error::io("dup", "shared object", &e));
-        let file = std::fs::File::from(file.about(0, "shared object")?);
-        for group in pieces(&ranges) {
-            cancel.check()?;
-            self.send(space, false, group, |ranges, out| {
-                let mut at = 0;
-                for &(offset, len) in ranges {
-                    read_to_end(&file, offset, &mut out[at..at + len as usize])?;
-                    at += len as usize;
-                }
-                Ok(())
-            })?;
+    fn copy_extent(&self, extent: &Extent<'_>, fill: impl Fn(&[(u64, u64)], &mut [u8]) -> Result<()>) -> Result<()> {
+        for group in pieces(&extent.ranges) {
+            self.cancel.check()?;
+            self.send(extent.space, extent.of_file, group, &fill)?;
         }
         Ok(())
     }
+}
+
+impl<'c> Extent<'c> {
+    /// What [`private`] has found.
+    fn private(index: usize, pid: i32, own: bool, ranges: [Ranges; 2]) -> [Extent<'c>; 2] {
+        let [memory, of_file] = ranges;
+        [(false, memory), (true, of_file)].map(|(of_file, ranges)| Extent {
+            space: index as u32,
+            of_file,
+            origin: Origin::Process { pid, own },
+            ranges,
+        })
+    }
+
+    /// The data of a shared object.
+    fn shared(space: u32, file: &'c OwnedFd, size: u64) -> Result<Extent<'c>> {
+        let ranges = fd::data_ranges(file, size).about(0, "shared object")?;
+        let pages = |(start, end): (u64, u64)| (start & !(PAGE_SIZE - 1), end.next_multiple_of(PAGE_SIZE));
+        Ok(Extent {
+            space,
+            of_file: false,
+            origin: Origin::Shared(file),
+            ranges: ranges.into_iter().map(pages).collect(),
+        })
+    }
+}
+
+/// Bytes in ranges (start, length).
+fn total(ranges: &[(u64, u64)]) -> u64 {
+    ranges.iter().map(|r| r.1).sum()
 }
 
 /// Start and end of ranges of addresses, sorted.
@@ -299,6 +337,15 @@ fn within(ranges: &[(u64, u64)], area: &Area, out: &mut Vec<(u64, u64)>) {
     let first = ranges.partition_point(|r| r.1 <= area.start);
     let touched = ranges[first..].iter().take_while(|r| r.0 < area.end);
     out.extend(touched.map(|r| (r.0.max(area.start), r.1.min(area.end))));
+}
+
+fn read_ranges(file: &std::fs::File, ranges: &[(u64, u64)], out: &mut [u8]) -> Result<()> {
+    let mut at = 0;
+    for &(offset, len) in ranges {
+        read_to_end(file, offset, &mut out[at..at + len as usize])?;
+        at += len as usize;
+    }
+    Ok(())
 }
 
 /// A file's last page may reach past its end: the rest is zeroes.

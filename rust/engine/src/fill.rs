@@ -10,7 +10,7 @@ use crate::error::{About, Error, Result};
 use crate::kinds::memory::Area;
 use crate::model::{Body, Inventory};
 use crate::source;
-use crate::stage::Cancel;
+use crate::stage::{Cancel, Stage};
 
 /// How much of the image is mapped at once, by each thread.
 const PIECE: u64 = 8 << 20;
@@ -71,13 +71,14 @@ fn cut_all<'a>(
 
 fn copy_pieces(pieces: Vec<Piece<'_>>, image: &Reader, cancel: &Cancel) -> Result<u64> {
     // Writing past a protection may be the tracer's right alone, and the tracer is a thread (proc_mem.force_override).
+    let total: u64 = pieces.iter().map(|p| p.len).sum();
+    cancel.progress.expect(Stage::Fill, total);
     let (opened, forced): (Vec<_>, Vec<_>) = pieces.into_iter().partition(|p| p.area.is_opened());
     copy_all(&forced, 1, image, cancel)?;
-    let total: u64 = opened.iter().map(|p| p.len).sum();
     let cpus = std::thread::available_parallelism().map_or(1, usize::from);
-    let useful = (total / PIECE) as usize;
+    let useful = (opened.iter().map(|p| p.len).sum::<u64>() / PIECE) as usize;
     copy_all(&opened, cpus.min(THREADS).min(useful), image, cancel)?;
-    Ok(total + forced.iter().map(|p| p.len).sum::<u64>())
+    Ok(total)
 }
 
 fn cut<'a>(
@@ -112,6 +113,7 @@ fn copy_all(pieces: &[Piece<'_>], threads: usize, image: &Reader, cancel: &Cance
                 next.store(pieces.len(), Ordering::Relaxed);
                 return Err(e);
             }
+            cancel.progress.advance(piece.len);
         }
         Ok(())
     };

@@ -22,6 +22,7 @@ pub mod kinds;
 pub mod model;
 pub mod pager;
 pub mod plan;
+pub mod progress;
 pub mod restore;
 mod source;
 pub mod squash;

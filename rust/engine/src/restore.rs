@@ -96,7 +96,8 @@ pub fn restore(request: &Request, cancel: &Cancel, on_loaded: &mut dyn FnMut() -
             pager::verify_until(&image, image.first_page())?;
         } else {
             // What is compressed is checked again when it is unpacked.
-            image.verify_stored()?;
+            cancel.progress.expect(Stage::Read, image.stored_len());
+            image.verify_stored(|bytes| cancel.progress.advance(bytes))?;
         }
         Ok(image)
     })?;

@@ -7,6 +7,7 @@ use std::time::Instant;
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
+use crate::progress::Progress;
 
 /// A stage.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -54,20 +55,25 @@ pub struct Timing {
     pub us: u64,
 }
 
-/// Set when whoever asked for the work is gone; looked at between steps.
+/// What the work and whoever asked for it tell each other: whether it is still wanted, looked at between steps, and how
+/// far it is.
 #[derive(Debug, Default)]
-pub struct Cancel(AtomicBool);
+pub struct Cancel {
+    raised: AtomicBool,
+    /// How far it is.
+    pub progress: Progress,
+}
 
 impl Cancel {
     /// Asks for the work to be undone.
     pub fn cancel(&self) {
-        self.0.store(true, Ordering::Release);
+        self.raised.store(true, Ordering::Release);
     }
 
     /// # Errors
     /// [`Error::Cancelled`] once asked for.
     pub fn check(&self) -> Result<()> {
-        if self.0.load(Ordering::Acquire) {
+        if self.raised.load(Ordering::Acquire) {
             Err(Error::Cancelled { stage: None })
         } else {
             Ok(())

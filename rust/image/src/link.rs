@@ -195,14 +195,23 @@ impl Link {
         Ok((begin, block))
     }
 
-    /// Reads every byte of the data area, as it is stored, and compares its checksums.
-    pub(crate) fn verify_stored(&self) -> Result<(), Error> {
-        self.all(self.blocks.len(), |block, buffer, _| self.load_block(block, buffer))
+    /// Bytes of the data area, as it is stored.
+    pub(crate) fn stored_len(&self) -> u64 {
+        self.trailer.data_len
+    }
+
+    /// Reads every byte of the data area, as it is stored, and compares its checksums. `checked` is told of the bytes of each block.
+    pub(crate) fn verify_stored(&self, checked: &(impl Fn(u64) + Sync)) -> Result<(), Error> {
+        self.all(self.blocks.len(), |block, buffer, _| {
+            self.load_block(block, buffer)?;
+            checked(buffer.len() as u64);
+            Ok(())
+        })
     }
 
     /// Also unpacks all of it.
     pub(crate) fn verify(&self) -> Result<(), Error> {
-        self.verify_stored()?;
+        self.verify_stored(&|_| ())?;
         self.frames.as_ref().map_or(Ok(()), |frames| {
             self.all(frames.len(), |number, buffer, stored| {
                 self.load_frame(frames, number, buffer, stored)

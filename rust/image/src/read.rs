@@ -155,8 +155,13 @@ impl Reader {
     ///
     /// # Errors
     /// As [`Reader::verify`].
-    pub fn verify_stored(&self) -> Result<(), Error> {
-        self.chain.iter().try_for_each(Link::verify_stored)
+    pub fn verify_stored(&self, checked: impl Fn(u64) + Sync) -> Result<(), Error> {
+        self.chain.iter().try_for_each(|link| link.verify_stored(&checked))
+    }
+
+    /// How many bytes [`Reader::verify_stored`] checks.
+    pub fn stored_len(&self) -> u64 {
+        self.chain.iter().map(Link::stored_len).sum()
     }
 
     /// Reads the checksummed block that holds the byte at `offset`, of this image or of an ancestor, and checks it: for whoever cannot

@@ -42,9 +42,11 @@ fn probe(py: Python<'_>) -> String {
 }
 
 /// Saves a container. The work is done by a process of its own, which undoes it when this one is killed.
+/// `on_progress` is called with the stage, the bytes that are done in it and those in all.
 #[pyfunction]
-fn checkpoint(py: Python<'_>, request: &str) -> PyResult<String> {
-    tracer::checkpoint(py, request)
+#[pyo3(signature = (request, on_progress=None))]
+fn checkpoint(py: Python<'_>, request: &str, on_progress: Option<Py<PyAny>>) -> PyResult<String> {
+    tracer::checkpoint(py, request, on_progress.as_ref())
 }
 
 /// Puts right what the killed tracer of a detached checkpoint has left in the container whose init is `pid`.
@@ -54,9 +56,11 @@ fn put_right(py: Python<'_>, pid: i32) {
 }
 
 /// Restores an image into a waiting container. `on_loaded` is called when all is there and nothing runs yet.
+/// `on_progress` as in `checkpoint`.
 #[pyfunction]
-fn restore(py: Python<'_>, request: &str, on_loaded: Py<PyAny>) -> PyResult<String> {
-    tracer::restore(py, request, &on_loaded)
+#[pyo3(signature = (request, on_loaded, on_progress=None))]
+fn restore(py: Python<'_>, request: &str, on_loaded: Py<PyAny>, on_progress: Option<Py<PyAny>>) -> PyResult<String> {
+    tracer::restore(py, request, &on_loaded, on_progress.as_ref())
 }
 
 /// What an image holds, as JSON.

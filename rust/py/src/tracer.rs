@@ -15,7 +15,7 @@ use pyo3::prelude::*;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use torpor_engine::pager::Pager;
-use torpor_engine::stage::Cancel;
+use torpor_engine::stage::{Cancel, Stage};
 use torpor_engine::track::Tracker;
 use torpor_sys::cgroup::Freezer;
 use torpor_sys::{Pid, fork, wait};
@@ -32,6 +32,8 @@ enum Message {
     Loaded,
     /// Saved so far that the container runs again, after so many microseconds; the caller need not wait for the rest.
     Running(u64),
+    /// How far a stage is: bytes that are done, and bytes in all.
+    Progress(Stage, u64, u64),
     Done(Value),
     Failed(Failure),
 }
@@ -71,6 +73,20 @@ impl Caller {
         let mut line = serde_json::to_vec(message).map_err(std::io::Error::other)?;
         line.push(b'\n');
         self.socket.write_all(&line)
+    }
+
+    /// Tells how far the work is, to a caller that wants to know. One that does not read misses some of it: nobody waits.
+    fn report_progress(&self, cancel: &Cancel) {
+        // Without a second descriptor nothing is told, and the work is done.
+        let Ok(socket) = self.socket.try_clone() else { return };
+        cancel.progress.listen(Box::new(move |stage, done, total| {
+            if let Ok(mut line) = serde_json::to_vec(&Message::Progress(stage, done, total)) {
+                line.push(b'\n');
+                // A line this short goes as one buffer or not at all (net/unix/af_unix.c: unix_stream_sendmsg). A caller
+                // that is gone is noticed elsewhere.
+                let _ = torpor_sys::socket::send(&socket, &line, None);
+            }
+        }));
     }
 
     /// Waits for the caller's word. Anything but "go" is a no.
@@ -242,6 +258,7 @@ fn attend(
     mut tracer: Tracer,
     aftermath: &Aftermath,
     on_loaded: &mut dyn FnMut(Python<'_>) -> PyResult<()>,
+    on_progress: Option<&Py<PyAny>>,
 ) -> PyResult<String> {
     let mut refused = None;
     let outcome = loop {
@@ -253,6 +270,12 @@ fn attend(
                     tracer.answer(b"n");
                 }
             },
+            Ok(Some(Message::Progress(stage, done, total))) => {
+                // An error from it undoes the work, as Ctrl-C does.
+                if let Some(Err(e)) = on_progress.map(|f| f.call1(py, (stage.name(), done, total))) {
+                    break Err(e);
+                }
+            }
             other => break other,
         }
     };
@@ -275,7 +298,7 @@ fn attend(
         }
         Some(Message::Running(us)) => Ok(serde_json::json!({"pause_us": us, "tracer": pager}).to_string()),
         Some(Message::Failed(failure)) => Err(failure.raise(py)),
-        Some(Message::Loaded) | None => {
+        Some(Message::Loaded | Message::Progress(..)) | None => {
             py.detach(|| aftermath.put_right());
             let text = "the tracer process was killed; the container was left as it was";
             Err(Failure::new("tracer-died", text).raise(py))
@@ -312,12 +335,15 @@ impl Detached {
     }
 }
 
-pub fn checkpoint(py: Python<'_>, request: &str) -> PyResult<String> {
+pub fn checkpoint(py: Python<'_>, request: &str, on_progress: Option<&Py<PyAny>>) -> PyResult<String> {
     let detached: Option<Detached> = parse::<AsDetached>(py, request)?.detached;
     let request: torpor_engine::checkpoint::Request = parse(py, request)?;
     let aftermath = Aftermath::of(request.pid, Some(&request.image_path));
     let work = |caller: &mut Caller, cancel: &Cancel| {
         let mut told = false;
+        if on_progress.is_some() {
+            caller.report_progress(cancel);
+        }
         let result = torpor_engine::checkpoint(&request, cancel, &mut |pause| {
             if detached.is_some() {
                 let us = pause.as_micros().try_into().unwrap_or(u64::MAX);
@@ -341,10 +367,15 @@ pub fn checkpoint(py: Python<'_>, request: &str) -> PyResult<String> {
         }
     };
     let tracer = start(detached.as_ref().map(|d| d.lock), work).map_err(|f| f.raise(py))?;
-    attend(py, tracer, &aftermath, &mut |_| Ok(()))
+    attend(py, tracer, &aftermath, &mut |_| Ok(()), on_progress)
 }
 
-pub fn restore(py: Python<'_>, request: &str, on_loaded: &Py<PyAny>) -> PyResult<String> {
+pub fn restore(
+    py: Python<'_>,
+    request: &str,
+    on_loaded: &Py<PyAny>,
+    on_progress: Option<&Py<PyAny>>,
+) -> PyResult<String> {
     #[derive(Deserialize)]
     struct Rest {
         #[serde(default)]
@@ -356,6 +387,9 @@ pub fn restore(py: Python<'_>, request: &str, on_loaded: &Py<PyAny>) -> PyResult
     let request: torpor_engine::restore::Request = parse(py, request)?;
     let aftermath = Aftermath::of(request.pid, None);
     let work = |caller: &mut Caller, cancel: &Cancel| {
+        if on_progress.is_some() {
+            caller.report_progress(cancel);
+        }
         let result = torpor_engine::restore(&request, cancel, &mut || {
             let told = caller.tell(&Message::Loaded).is_ok();
             if told && caller.allows() {
@@ -380,7 +414,13 @@ pub fn restore(py: Python<'_>, request: &str, on_loaded: &Py<PyAny>) -> PyResult
         }
     };
     let tracer = start(None, work).map_err(|f| f.raise(py))?;
-    attend(py, tracer, &aftermath, &mut |py| on_loaded.call0(py).map(drop))
+    attend(
+        py,
+        tracer,
+        &aftermath,
+        &mut |py| on_loaded.call0(py).map(drop),
+        on_progress,
+    )
 }
 
 /// The tracer goes on as the tracker.
