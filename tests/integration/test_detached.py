@@ -4,7 +4,6 @@ import json
 import os
 import re
 import signal
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -179,12 +178,16 @@ def test_a_program_executes_another_while_its_twin_is_read(stage: Callable[[str]
     again.verify()
 
 
-@pytest.mark.parametrize("how", ["TERM", "KILL"])
+@pytest.mark.parametrize("how", ["TERM", "KILL", "group"])
 def test_a_program_ends_while_its_twin_is_read(how: str, stage: Callable[[str], Stage], tmp: Path, torpor: Torpor) -> None:  # fmt: skip
     """The end of init is that of its pid namespace, twins included: there is no image, and it is said."""
     c = stage("alone").start()
     with while_twin_is_read(torpor, c, tmp) as image:
-        torpor("kill", c.id, how)
+        if how == "group":
+            assert os.getpgid(c.pid) == c.pid
+            os.killpg(c.pid, signal.SIGKILL)
+        else:
+            torpor("kill", c.id, how)
     torpor.wait_status(c.id, "stopped")
     torpor.fails("wait", "--checkpoint", c.id)
     assert not (image / "checkpoint.img").exists()
@@ -194,14 +197,58 @@ def test_processes_of_the_group_are_killed_while_twins_are_read(stage: Callable[
     """A twin is in a session of its own: what kills the group of its original misses it."""
     play = stage("alone")
     c = play.start()
+    c.verify()
     child = next(p.pid for p in procs.descendants(c.pid))
+    assert os.getpgid(child) == child and os.getpgid(c.pid) == c.pid
     with while_twin_is_read(torpor, c, tmp) as image:
-        os.killpg(os.getpgid(child), signal.SIGSTOP)
-        os.killpg(os.getpgid(child), signal.SIGCONT)
-        os.kill(child, signal.SIGKILL)
-        time.sleep(0.05)
+        os.killpg(c.pid, signal.SIGSTOP)
+        os.killpg(c.pid, signal.SIGCONT)
+        group = [p.pid for p in procs.descendants(c.pid) if os.getpgid(p.pid) == child]
+        assert len(group) == 2
+        os.killpg(child, signal.SIGKILL)
+        procs.wait_until(
+            "the group to die", lambda: all((p := procs.process(pid)) is None or p.state == "Z" for pid in group), 10
+        )
     torpor("wait", "--checkpoint", c.id)
     c.delete()
     again = play.successor(c)
     again.restore_from(image)
     again.verify()
+
+
+def limit_memory(torpor: Torpor, c: Container, room: int) -> None:
+    """So much more than it has now."""
+    from torpor.cgroups import Cgroup
+
+    cgroup = Cgroup(c.pid)
+    used = cgroup.number("memory.usage_in_bytes", "memory.current")
+    assert used
+    torpor("update", "--memory", str(used + room), c.id)
+
+
+def test_memory_is_used_up_while_the_twin_is_read(stage: Callable[[str], Stage], tmp: Path, torpor: Torpor) -> None:
+    """Pages that the program changes meanwhile are there twice: at the limit the twin is killed, not the program."""
+    c = stage("churn").start()
+    with while_twin_is_read(torpor, c, tmp) as image:
+        twins = [p for p in c.host_pids() if p != c.pid]
+        assert [Path(f"/proc/{pid}/oom_score_adj").read_text() for pid in twins] == ["1000\n"]
+        limit_memory(torpor, c, 2 << 20)
+        procs.wait_until("the twin to be killed", lambda: (p := procs.process(twins[0])) is None or p.state == "Z", 30)
+    torpor.fails("wait", "--checkpoint", c.id, says=["copy of its memory", "killed", "--capture=stop"])
+    assert not (image / "checkpoint.img").exists()
+    assert c.host_pids() == [c.pid]
+    c.verify()
+    c.checkpoint(tmp / "stop", "--leave-running", "--capture=stop")
+    c.verify()
+
+
+def test_the_limit_of_memory_kills_the_program_while_its_twin_is_read(stage: Callable[[str], Stage], tmp: Path, torpor: Torpor) -> None:  # fmt: skip
+    c = stage("alone").start()
+    with while_twin_is_read(torpor, c, tmp) as image:
+        limit_memory(torpor, c, 8 << 20)
+        # the next after the twins
+        Path(f"/proc/{c.pid}/oom_score_adj").write_text("999")
+        torpor("exec", c.id, "dd", "if=/dev/zero", "of=/dev/null", "bs=512M", "count=1", check=False)
+        torpor.wait_status(c.id, "stopped")
+    torpor.fails("wait", "--checkpoint", c.id)
+    assert not (image / "checkpoint.img").exists()

@@ -74,6 +74,27 @@ class Cycle:
         self.c.verify()
         self.wake_up(image, random.choice(["--background", "--detach"]))
 
+    def pre_dump(self) -> None:
+        """Memory in advance, and then only what has changed since."""
+        before, image = self.image(), self.image()
+        self.c.checkpoint(before, "--pre-dump")
+        self.c.verify()
+        self.c.checkpoint(image, "--parent-path", f"../{before.name}")
+        self.wake_up(image, random.choice(["--background", "--detach"]))
+
+    def track(self) -> None:
+        """A chain of three, goes on after a restore, and is folded into one."""
+        first, second, third = self.image(), self.image(), self.image()
+        self.c.checkpoint(first, "--leave-running", "--track")
+        self.c.verify()
+        self.c.checkpoint(second, "--parent-path", f"../{first.name}")
+        self.wake_up(second, "--track")
+        self.c.verify()
+        self.c.checkpoint(third, "--parent-path", f"../{second.name}")
+        whole = self.image()
+        self.torpor("squash", third, whole)
+        self.wake_up(random.choice([third, whole]), random.choice(["--background", "--detach"]))
+
     def pause(self) -> None:
         self.torpor("pause", self.c.id)
         image = self.image()
@@ -82,7 +103,7 @@ class Cycle:
 
     STEPS = (
         sleep_and_wake, sleep_and_wake_at_once, record, save_in_background, save_standing_still, save_detached_and_go_back,
-        go_back, pause,
+        go_back, pre_dump, track, pause,
     )  # fmt: skip
 
 

@@ -44,6 +44,11 @@ static void verify(void) {
     char *children = wl_slurp("/proc/thread-self/children", NULL);
     CHECK(atoi(children) == child, "another first child: %s", children);
     free(children);
+    char path[64];
+    snprintf(path, sizeof path, "/proc/%d/task/%d/children", child, child);
+    children = wl_slurp(path, NULL);
+    CHECK(atoi(children) > child && getpgid(atoi(children)) == child, "the child's group is not whole: '%s'", children);
+    free(children);
     for (long i = 0; i < BYTES; i += 4096 * 7) {
         uint64_t word;
         memcpy(&word, heap + i, 8);
@@ -62,8 +67,12 @@ int main(int argc, char **argv) {
     action.sa_handler = on_usr2;
     MUST(sigaction(SIGUSR2, &action, NULL));
     child = MUST(fork());
-    if (!child)
+    if (!child) {
+        /* two in a group of their own */
+        MUST(setpgid(0, 0));
+        MUST(fork());
         for (;;) pause();
+    }
     open_ends();
     heap = mmap(NULL, BYTES, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     for (long i = 0; i < BYTES; i += 4096) {

@@ -98,6 +98,11 @@ impl Captured {
         self.inherited += other.inherited;
         self.shares.extend_from_slice(&other.shares);
     }
+
+    /// Pages that a process has in common with another.
+    pub fn shared(&self) -> u64 {
+        self.shares.iter().map(|s| (s.end - s.start) / PAGE_SIZE).sum()
+    }
 }
 
 /// A piece of memory on its way to the image.

@@ -113,6 +113,8 @@ pub struct Report {
     pub pages: u64,
     /// Pages that held only zeroes.
     pub zero_pages: u64,
+    /// Pages that a process has in common with another: they are stored once.
+    pub shared_pages: u64,
     /// Pages with data that are those of the parent.
     pub inherited_pages: u64,
     /// What is written to from now on is kept track of.
@@ -221,7 +223,10 @@ fn attempt(
                 if confirmed {
                     on_running(pause);
                     let twin = |pid| twins.of(pid);
-                    captured.add(&capture::from(&collected, &base, twin, &mut writer, cancel)?);
+                    let read = capture::from(&collected, &base, twin, &mut writer, cancel);
+                    // That a twin is dead says more than that it cannot be read.
+                    twins.check()?;
+                    captured.add(&read?);
                     huge::collect(&mut collected, twin)?;
                     guards::collect(&mut collected, twin, Area::is_inherited)?;
                 }
@@ -274,6 +279,7 @@ fn attempt(
         bytes: committed.bytes,
         pages: captured.pages,
         zero_pages: captured.zeroes,
+        shared_pages: captured.shared(),
         inherited_pages: captured.inherited,
         tracked: tracker.is_some(),
         tasks: collected.inventory.tasks(),

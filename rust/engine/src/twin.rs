@@ -2,7 +2,8 @@
 //! runs on. The pause is then the copy of page tables, not of pages.
 //!
 //! A twin never runs an instruction of the program. It has no descriptors, so that no end of file or hang-up waits
-//! for it; a session of its own, so that a signal to the program's group misses it; and it dies with its tracer.
+//! for it; a session of its own, so that a signal to the program's group misses it; and it dies with its tracer. What the
+//! program changes meanwhile takes memory: when there is none, the twin is killed and not the program.
 //! The program cannot see it by wait(2), gets no SIGCHLD for it, and is made to wait for it by an injected call:
 //! with exit signal 0 it would stay a zombie.
 
@@ -158,6 +159,7 @@ impl Twins {
 
 /// Takes from a twin what others could notice.
 fn isolate(door: &Door<'_>, pid: Pid, inner: i32) -> Result<()> {
+    proc::give_up_first(pid).about(pid, "twin")?;
     let memory = Memory::open(pid).about(pid, "twin")?;
     let mut batch = Batch::new();
     batch.must(

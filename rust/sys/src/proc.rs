@@ -198,6 +198,13 @@ pub fn status(pid: Pid) -> Result<Status> {
     parse_status(&text).ok_or_else(|| bad(&path, &text))
 }
 
+/// Makes a process the first that the kernel kills when memory runs out, of the machine or of a control group (proc(5),
+/// oom_score_adj). Raising this needs no capability.
+pub fn give_up_first(pid: Pid) -> Result<()> {
+    let path = format!("/proc/{pid}/oom_score_adj");
+    fs::write(&path, "1000").map_err(|e| Error::io("write", &path, &e))
+}
+
 /// One mapping of /proc/PID/smaps (or maps, then without flags).
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[allow(missing_docs)]
