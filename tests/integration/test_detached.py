@@ -249,6 +249,6 @@ def test_the_limit_of_memory_kills_the_program_while_its_twin_is_read(stage: Cal
         # the next after the twins
         Path(f"/proc/{c.pid}/oom_score_adj").write_text("999")
         torpor("exec", c.id, "dd", "if=/dev/zero", "of=/dev/null", "bs=512M", "count=1", check=False)
-        torpor.wait_status(c.id, "stopped")
+    torpor.wait_status(c.id, "stopped")
     torpor.fails("wait", "--checkpoint", c.id)
     assert not (image / "checkpoint.img").exists()

@@ -82,6 +82,7 @@ impl fmt::Debug for Progress {
 }
 
 #[cfg(test)]
+#[allow(clippy::unwrap_used)]
 mod tests {
     use std::sync::Arc;
 
