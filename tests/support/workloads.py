@@ -153,7 +153,7 @@ WORKLOADS = {
         Workload("scheduling", ("/bin/scheduling",), "busybox", cpu=(("realtimeRuntime", 10000), ("realtimePeriod", 1000000))),
         Workload("tmpfs", ("/bin/tmpfs",), "busybox",
                  mounts=(_tmpfs("/run", "noexec", "mode=755", "size=65536k"), _tmpfs("/tmp", "exec", "mode=1777"))),
-        _c("orphans"),
+        _c("orphans"), _c("terminals"),
         Workload("counter", ("sh", "/bin/counter.sh"), "busybox", real=True),
         Workload("pipeline", ("sh", "/bin/pipeline.sh"), "busybox", real=True),
         _c("forked"), _c("mappings"),

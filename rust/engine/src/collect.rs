@@ -161,6 +161,7 @@ pub fn collect(
         init,
         tasks: &tasks,
         tables: &mut tables,
+        ptys: Default::default(),
         pipes: Vec::new(),
         policy,
         hold: None,
@@ -170,6 +171,8 @@ pub fn collect(
     };
     inventory.descriptions = files::collect(&survey, &fd_tables, &mut naming)?;
     inventory.objects.pipes = naming.pipes;
+    inventory.objects.ptys = naming.ptys.states;
+    inventory.warnings.append(&mut naming.ptys.warnings);
     let hold = naming.hold;
     inventory.warnings.append(&mut naming.warnings);
     if let Some(fd) = &naming.console {

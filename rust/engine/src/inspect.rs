@@ -150,6 +150,7 @@ fn name(object: &Object, inventory: &Inventory) -> String {
         Object::Inotify(state) => format!("inotify, {} watched", state.watches.len()),
         Object::Pidfd(state) => format!("pidfd of {}", state.pid),
         Object::Unix(_) => "unix socket".into(),
+        Object::Pty(_) => "terminal".into(),
         Object::Inet(_) => "internet socket".into(),
     }
 }

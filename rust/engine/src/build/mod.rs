@@ -14,6 +14,7 @@ mod objects;
 mod orphans;
 pub mod pages;
 mod process;
+mod terminals;
 mod thread;
 mod tree;
 
@@ -51,6 +52,8 @@ pub struct Skeleton {
     pub sites: BTreeMap<i32, Site>,
     /// Other threads: (container's thread id, site), by the container's process id.
     pub threads: BTreeMap<i32, Vec<(i32, Site)>>,
+    /// Pseudo-terminals, by the index of the inventory.
+    terminals: Vec<terminals::Made>,
     /// What the container's programs may do at most: init opens files within it.
     bounds: Bounds,
     /// What init's standard streams were.
@@ -120,12 +123,14 @@ pub fn build(
         files: &files,
         shares: &shares,
     };
+    skeleton.make_terminals(inventory)?;
     skeleton.grow(&nursery)?;
     for index in 0..inventory.processes.len() {
         cancel.check()?;
         nursery.complete(&mut skeleton, index)?;
     }
     let objects = objects::rebuild(&skeleton, inventory, image, files)?;
+    skeleton.finish_terminals(inventory, &objects.descriptions)?;
     Ok((skeleton, objects, shares))
 }
 
@@ -163,6 +168,7 @@ impl Skeleton {
             init,
             sites: BTreeMap::new(),
             threads: BTreeMap::new(),
+            terminals: Vec::new(),
             bounds: bounds.clone(),
             stdio: stdio(init)?,
             syscall_offset: syscall_at - code.start,

@@ -165,6 +165,7 @@ fn descriptions(
                 let ends = pipes.get(*index).ok_or_else(|| Error::nonsense("a pipe is missing"))?;
                 pipe_end(ends, description.flags)?
             }
+            Object::Pty(end) => skeleton.terminal_end(inventory, *end, description.flags & OPEN_FLAGS)?,
             Object::Eventfd(state) => eventfd::rebuild(state)?,
             Object::Epoll(_) => fd::epoll().about(1, "epoll")?,
             Object::Timerfd(state) => timerfd::rebuild(state)?,
@@ -343,7 +344,7 @@ impl Skeleton {
         self.open_as(wanted, Some(&self.bounds))
     }
 
-    fn open_as(&self, wanted: &[(String, i32)], bounds: Option<&Bounds>) -> Result<Vec<OwnedFd>> {
+    pub(super) fn open_as(&self, wanted: &[(String, i32)], bounds: Option<&Bounds>) -> Result<Vec<OwnedFd>> {
         let have = proc::status(self.init).about(self.init, "status")?.cap_effective;
         let mut all = Vec::new();
         for group in wanted.chunks(AT_ONCE) {

@@ -84,6 +84,7 @@ impl Skeleton {
             at += 1;
         }
         self.groups(inventory)?;
+        self.foregrounds(inventory)?;
         for process in inventory.processes.iter().filter(|p| p.zombie.is_some()) {
             self.end_zombie(process)?;
         }
@@ -129,6 +130,7 @@ impl Skeleton {
         if parent.sid == parent.pid && !is_root {
             batch.must("setsid", libc::SYS_setsid, []);
         }
+        self.take_terminal(inventory, parent, &mut batch);
         late.iter().for_each(|c| fork(&mut batch, c));
         nursery.prepare(self, parent)?;
         let born = self.run_births(parent.pid, &batch)?;

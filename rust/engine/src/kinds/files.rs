@@ -12,8 +12,8 @@ use torpor_sys::{Pid, pidfd};
 
 use super::tasks::Tasks;
 use super::{
-    console, epoll, eventfd, inet, inotify, listener, locks, memory, owner, pidfd as pidfds, pipe, signalfd, timerfd,
-    unix,
+    console, epoll, eventfd, inet, inotify, listener, locks, memory, owner, pidfd as pidfds, pipe, pty, signalfd,
+    timerfd, unix,
 };
 use crate::error::{About, Error, Result};
 
@@ -80,6 +80,8 @@ pub enum Object {
     Signalfd(signalfd::State),
     /// File events to read.
     Inotify(inotify::State),
+    /// An end of a pseudo-terminal.
+    Pty(pty::End),
     /// A process.
     Pidfd(pidfds::State),
     /// A unix socket.
@@ -132,6 +134,19 @@ struct Found {
     locks: Vec<locks::Lock>,
     /// Bytes of events that wait in an inotify instance.
     events: i32,
+}
+
+impl Found {
+    fn terminal(&self) -> pty::Candidate<'_> {
+        pty::Candidate {
+            pid: self.holder,
+            number: self.number,
+            link: &self.link,
+            id: &self.id,
+            flags: self.info.flags,
+            fd: &self.fd,
+        }
+    }
 }
 
 /// All descriptions of a container, found once each.
@@ -214,6 +229,10 @@ impl Survey {
         .collect()
     }
 
+    fn terminals(&self) -> impl Iterator<Item = pty::Candidate<'_>> {
+        self.found.iter().map(Found::terminal)
+    }
+
     fn sockets(&self) -> std::collections::BTreeSet<u64> {
         self.found
             .iter()
@@ -236,6 +255,8 @@ pub struct Naming<'a, 'v> {
     pub policy: inet::connection::Policy,
     /// What keeps the peers of connections waiting that are saved.
     pub hold: Option<inet::Hold>,
+    /// Pseudo-terminals.
+    pub ptys: pty::Survey,
     /// Pipes found so far.
     pub pipes: Vec<pipe::State>,
     /// The console, once it is found.
@@ -258,13 +279,23 @@ pub fn collect(
     } else {
         Some(unix::survey(naming.init)?)
     };
+    let pids: Vec<Pid> = tables.iter().map(|(pid, _)| *pid).collect();
+    let around = pty::Around {
+        init: naming.init,
+        tasks: naming.tasks,
+        pids: &pids,
+        stat: &|path| naming.tables.view.stat(path),
+    };
+    naming.ptys = pty::Survey::of(survey.terminals(), &around)?;
     let connections = inet::connection::survey(naming.init, &survey.streams(), naming.policy)?;
     let mut all = Vec::new();
     for index in 0..survey.found.len() {
         let found = &survey.found[index];
-        let object = match outside(survey, found, naming)? {
-            true => None,
-            false => {
+        let own_end = naming.ptys.end(&found.terminal(), naming.init)?;
+        let object = match own_end {
+            Some(end) => Some(Object::Pty(end)),
+            None if outside(survey, found, naming)? => None,
+            None => {
                 let known = Sockets {
                     unix: unix.as_ref(),
                     inside: &sockets,

@@ -22,6 +22,7 @@ pub mod paths;
 pub mod pidfd;
 pub mod pipe;
 pub mod posix_timers;
+pub mod pty;
 pub mod restart;
 pub mod scheduling;
 pub mod seccomp;
