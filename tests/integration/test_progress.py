@@ -85,7 +85,7 @@ def test_a_bar_on_a_terminal(stage: Callable[[str], Stage], tmp: Path, torpor: T
     c = stage("paging").start()
     command = ("checkpoint", "--leave-running", "--image-path")
     # slow enough to be looked at
-    code, text = on_a_terminal(torpor, *command, tmp / "image", "--compression=zstd:9", c.id)
+    code, text = on_a_terminal(torpor, *command, tmp / "image", "--compression=zstd:13", c.id)
     assert code == 0
     assert text.endswith("\n") and text.count("\n") == 1, text
     bars = text.rstrip("\r\n").split("\r")[1:]
