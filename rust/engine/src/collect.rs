@@ -18,8 +18,8 @@ use crate::error::{About, Error, Result};
 use crate::freeze::{Frozen, FrozenProcess};
 use crate::kinds::inet::{Hold, connection::Policy};
 use crate::kinds::{
-    clocks, console, cpu, creds, files, fs, ipc, memory, mounts, paths, posix_timers, restart, seccomp, settings,
-    signals, tasks, timers, tmpfs, vdso,
+    clocks, console, cpu, creds, files, fs, ipc, keyrings, memory, mounts, paths, posix_timers, restart, seccomp,
+    settings, signals, tasks, timers, tmpfs, vdso,
 };
 use crate::model::{Body, Inventory, Process, Thread};
 use crate::track::Tracking;
@@ -341,6 +341,7 @@ struct Asked {
     )>,
     stack: torpor_sys::remote::Data,
     creds: usize,
+    keys: keyrings::Asked,
     settings: settings::AskedThread,
 }
 
@@ -467,6 +468,7 @@ impl<'f> Subject<'f> {
                     inside,
                 ));
             }
+            keyrings::check(inner, &asked.keys, &results)?;
             let xstate = ptrace::xstate(thread.tid).about(thread.tid, "extended registers")?;
             let stopped = ctx.frozen.is_stopped(thread.tid);
             threads.push(Thread {
@@ -495,6 +497,7 @@ impl<'f> Subject<'f> {
             process,
             stack: signals::ask_thread(batch),
             creds: creds::ask(batch),
+            keys: keyrings::ask(batch),
             settings: settings::ask_thread(batch),
         })
     }

@@ -94,8 +94,9 @@ pub struct Thread {
     pub signals: kinds::signals::ThreadState,
     /// Who it acts as.
     pub creds: kinds::creds::State,
-    /// Its seccomp filters, the first installed first; an index into [`Inventory::objects`].
-    pub seccomp: Vec<usize>,
+    /// Which system calls it may make.
+    #[serde(flatten)]
+    pub seccomp: kinds::seccomp::Mode,
     /// Name, robust list, clear_child_tid, rseq.
     pub settings: kinds::settings::ThreadState,
 }

@@ -10,6 +10,7 @@ pub mod fd;
 pub mod fork;
 pub mod guard;
 pub mod kcmp;
+pub mod keys;
 pub mod lock;
 pub mod mem;
 pub mod namespace;

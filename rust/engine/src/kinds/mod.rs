@@ -11,6 +11,7 @@ pub mod fs;
 pub mod inet;
 pub mod inotify;
 pub mod ipc;
+pub mod keyrings;
 pub mod listener;
 pub mod locks;
 pub mod memory;

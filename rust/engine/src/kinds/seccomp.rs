@@ -18,16 +18,32 @@ pub struct State {
     pub flags: u64,
 }
 
-/// The filters of a thread, the first installed first, as indices into `all`.
+/// What a thread has.
+#[derive(Debug, Default, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Mode {
+    /// Its filters, the first installed first; indices into [`crate::kinds::objects::Objects::seccomp`].
+    pub seccomp: Vec<usize>,
+    /// SECCOMP_MODE_STRICT: only read, write, exit and the return from a signal handler.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub strict: bool,
+}
+
+/// The mode of a thread; filters are added to `all`.
 ///
 /// # Errors
-/// Refused: strict mode.
-pub fn collect(tid: Pid, status: &Status, all: &mut Vec<State>) -> Result<Vec<usize>> {
-    match status.seccomp {
-        0 => return Ok(Vec::new()),
-        2 => {}
-        _ => return Err(Error::unsupported(tid, "seccomp", "strict mode is not carried yet", "")),
-    }
+/// Refused: a filter that asks another process, whose descriptor nobody could give it again.
+pub fn collect(tid: Pid, status: &Status, all: &mut Vec<State>) -> Result<Mode> {
+    let filters = match status.seccomp {
+        2 => chain(tid, all)?,
+        _ => Vec::new(),
+    };
+    Ok(Mode {
+        seccomp: filters,
+        strict: status.seccomp == 1,
+    })
+}
+
+fn chain(tid: Pid, all: &mut Vec<State>) -> Result<Vec<usize>> {
     let mut chain = Vec::new();
     for index in 0.. {
         let Some(filter) = ptrace::seccomp_filter(tid, index).about(tid, "seccomp filter")? else {
@@ -38,6 +54,15 @@ pub fn collect(tid: Pid, status: &Status, all: &mut Vec<State>) -> Result<Vec<us
             program: filter.program.chunks_exact(8).map(word).collect(),
             flags: filter.flags,
         };
+        if state.program.iter().any(|instruction| notifies(*instruction)) {
+            let why = "it asks a listener (SECCOMP_RET_USER_NOTIF), which is not carried";
+            return Err(Error::unsupported(
+                tid,
+                "seccomp filter",
+                why,
+                "use a profile without SCMP_ACT_NOTIFY",
+            ));
+        }
         let known = all.iter().position(|s| *s == state);
         chain.push(known.unwrap_or_else(|| {
             all.push(state);
@@ -46,6 +71,13 @@ pub fn collect(tid: Pid, status: &Status, all: &mut Vec<State>) -> Result<Vec<us
     }
     chain.reverse();
     Ok(chain)
+}
+
+/// Whether an instruction returns SECCOMP_RET_USER_NOTIF (struct sock_filter: code in the low 16 bits, k in the high 32).
+fn notifies(instruction: u64) -> bool {
+    const BPF_RET_K: u64 = 0x06;
+    const USER_NOTIF: u64 = 0x7fc0_0000;
+    instruction & 0xffff == BPF_RET_K && instruction >> 32 & 0xffff_0000 == USER_NOTIF
 }
 
 /// Gives every thread of the image the filter of the new container's spec, before its own. Those saved under the same
@@ -62,12 +94,13 @@ pub fn impose(inventory: &mut Inventory, filter: &State) -> Result<()> {
         .filter_map(|p| p.body.as_mut())
         .flat_map(|b| &mut b.threads)
     {
-        if thread.seccomp.is_empty() {
+        let filters = &mut thread.seccomp.seccomp;
+        if filters.is_empty() {
             let why = "the container has a seccomp filter, this thread of the image has none";
             return Err(Error::refused(thread.tid, "seccomp", why));
         }
-        if !thread.seccomp.iter().any(|index| same.contains(index)) {
-            thread.seccomp.insert(0, all.len());
+        if !filters.iter().any(|index| same.contains(index)) {
+            filters.insert(0, all.len());
         }
     }
     all.push(filter.clone());
@@ -75,9 +108,14 @@ pub fn impose(inventory: &mut Inventory, filter: &State) -> Result<()> {
 }
 
 /// Installs the filters. Calls made after this are not judged by them: the tracer suspends seccomp.
-pub fn rebuild(batch: &mut Batch, chain: &[usize], all: &[State]) -> Result<()> {
+pub fn rebuild(batch: &mut Batch, mode: &Mode, all: &[State]) -> Result<()> {
+    const SET_MODE_STRICT: i32 = 0;
     const SET_MODE_FILTER: i32 = 1;
-    for &index in chain {
+    if mode.strict {
+        let args = [SET_MODE_STRICT.into(), 0.into(), 0.into()];
+        batch.must("strict seccomp", libc::SYS_seccomp, args);
+    }
+    for &index in &mode.seccomp {
         let filter = all
             .get(index)
             .ok_or_else(|| Error::nonsense("a seccomp filter is missing"))?;
@@ -92,4 +130,24 @@ pub fn rebuild(batch: &mut Batch, chain: &[usize], all: &[State]) -> Result<()> 
         batch.must("seccomp", libc::SYS_seccomp, args);
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn filters_that_ask_are_known() {
+        let ret = |k: u64| k << 32 | 0x06;
+        assert!(notifies(ret(0x7fc0_0000)) && notifies(ret(0x7fc0_1234)));
+        // ALLOW, ERRNO, TRAP, a comparison with the same number.
+        for other in [
+            ret(0x7fff_0000),
+            ret(0x0005_0001),
+            ret(0x0003_0000),
+            0x7fc0_0000 << 32 | 0x15,
+        ] {
+            assert!(!notifies(other));
+        }
+    }
 }
