@@ -364,6 +364,11 @@ def refused(c: Container, image: Path, *words: str) -> str:
     return result.err
 
 
+def _add_key(ring: int) -> str:
+    """add_key(2) by its number, into a special ring."""
+    return f"import ctypes; assert ctypes.CDLL(None).syscall(248, b'user', b'k', b'secret', 6, {ring}) > 0"
+
+
 UNSUPPORTED = {
     "data in a TCP connection that nobody accepted": (
         "import socket; l = socket.create_server(('127.0.0.1', 0)); a = socket.create_connection(l.getsockname()); a.send(b'hello')",
@@ -406,11 +411,31 @@ UNSUPPORTED = {
         "processor time of one of several threads",
     ),
     "a netlink socket": ("import socket; s = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, 0)", "netlink"),
+    "a key in the session's ring": (_add_key(-3), "session key ring"),
+    "a key in the thread's ring": (_add_key(-1), "thread key ring"),
+    "a Landlock domain": (
+        (
+            "import ctypes; c = ctypes.CDLL(None); a = ctypes.c_uint64(1); r = c.syscall(444, ctypes.byref(a), 8, 0); assert r > 0;"
+            "assert c.prctl(38, 1, 0, 0, 0) == 0 and c.syscall(446, r, 0) == 0"
+        ),
+        "Landlock",
+    ),
+    "a seccomp filter that asks": (
+        (
+            "import ctypes; c = ctypes.CDLL(None); f = (ctypes.c_uint64 * 4)(0x20, 0x13d01000015, 0x7fc0000000000006, 0x7fff000000000006);"
+            "p = (ctypes.c_uint64 * 2)(4, ctypes.addressof(f));"
+            "assert c.prctl(38, 1, 0, 0, 0) == 0 and c.syscall(317, 1, 8, ctypes.byref(p)) > 0"
+        ),
+        "seccomp",
+    ),
     "System V shared memory": (
         "import ctypes; c = ctypes.CDLL(None); i = c.shmget(77, 4096, 0o1600); c.shmat.restype = ctypes.c_void_p; assert c.shmat(i, None, 0) != 2**64 - 1",
         "System V",
     ),
 }
+
+
+NEVER_CARRIED = {"a key in the session's ring", "a key in the thread's ring", "a Landlock domain", "a seccomp filter that asks"}
 
 
 @pytest.mark.parametrize("what", UNSUPPORTED)
@@ -436,6 +461,7 @@ while True:
     c = Container(torpor, bundles.write(tmp / "bundle", config), new_id()).run().wait_ready()
     result = c.checkpoint(tmp / "image", "--leave-running", check=False)
     if result.code == 0:
+        assert what not in NEVER_CARRIED, f"{what}: the program cannot tell that it is lost"
         again = Container(torpor, c.bundle, new_id())
         again.restore_from(tmp / "image")
         again.verify()

@@ -76,7 +76,36 @@ static void *other(void *argument) {
     return NULL;
 }
 
+static int to_strict[2], from_strict[2];
+static char strict_status[64];
+
+/* A child in strict mode: all that it can do is read and write. Before the filters, which leave no way to it. */
+static void start_strict(void) {
+    MUST(pipe(to_strict));
+    MUST(pipe(from_strict));
+    pid_t child = MUST(fork());
+    if (!child) {
+        MUST(prctl(PR_SET_SECCOMP, SECCOMP_MODE_STRICT));
+        for (char byte; syscall(SYS_read, to_strict[0], &byte, 1) == 1;) {
+            byte++;
+            syscall(SYS_write, from_strict[1], &byte, 1);
+        }
+        syscall(SYS_exit, 0);
+    }
+    snprintf(strict_status, sizeof strict_status, "/proc/%d/status", child);
+}
+
+static void check_strict(void) {
+    char byte = 'a';
+    MUST(write(to_strict[1], &byte, 1));
+    CHECK(read(from_strict[0], &byte, 1) == 1 && byte == 'b', "the child in strict mode answers %c", byte);
+    char *mode = wl_status_of(strict_status, "Seccomp");
+    CHECK(atoi(mode) == SECCOMP_MODE_STRICT, "the child in strict mode has mode %s", mode);
+    free(mode);
+}
+
 static void verify(void) {
+    check_strict();
     compare("main", "/proc/self/status", of_main);
     CHECK(prctl(PR_GET_SECUREBITS) == securebits, "securebits %x, were %x", prctl(PR_GET_SECUREBITS), securebits);
     CHECK(prctl(PR_GET_NO_NEW_PRIVS, 0, 0, 0, 0) == 1, "no_new_privs is off");
@@ -89,6 +118,7 @@ int main(void) {
     wl_init();
     sem_init(&go, 0, 0);
     sem_init(&done, 0, 0);
+    start_strict();
     uint64_t keep = 1ULL << CAP_CHOWN | 1ULL << CAP_KILL | 1ULL << CAP_NET_BIND_SERVICE;
     gid_t groups[] = {5, 17, 4242, 100000};
     MUST(setgroups(4, groups));

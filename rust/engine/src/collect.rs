@@ -18,8 +18,8 @@ use crate::error::{About, Error, Result};
 use crate::freeze::{Frozen, FrozenProcess};
 use crate::kinds::inet::{Hold, connection::Policy};
 use crate::kinds::{
-    clocks, console, cpu, creds, files, fs, ipc, keyrings, memory, mounts, paths, posix_timers, restart, seccomp,
-    settings, signals, tasks, timers, tmpfs, vdso,
+    clocks, console, cpu, creds, files, fs, ipc, keyrings, landlock, memory, mounts, paths, posix_timers, restart,
+    seccomp, settings, signals, tasks, timers, tmpfs, vdso,
 };
 use crate::model::{Body, Inventory, Process, Thread};
 use crate::track::Tracking;
@@ -126,6 +126,7 @@ pub fn collect(
     }
     let mut sources = Vec::new();
     let mut watch = restart::Watch::default();
+    let mut landlock = landlock::Watch::new(init, &maps);
     for (process, (_, fds)) in members.iter().zip(&fd_tables) {
         let subject = Subject::of(process, &mut advance)?;
         check_namespaces(process.pid, init)?;
@@ -140,6 +141,7 @@ pub fn collect(
             filters: &mut inventory.objects.seccomp,
             warnings: &mut inventory.warnings,
             watch: &mut watch,
+            landlock: &mut landlock,
             blob,
         };
         let (mut body, host) = subject.body(fds.clone(), &mut ctx)?;
@@ -321,6 +323,7 @@ struct Context<'a, 'v> {
     filters: &'a mut Vec<seccomp::State>,
     warnings: &'a mut Vec<String>,
     watch: &'a mut restart::Watch,
+    landlock: &'a mut landlock::Watch<'v>,
     blob: &'a mut dyn FnMut(&[u8]) -> Result<BlobRef>,
 }
 
@@ -342,6 +345,7 @@ struct Asked {
     stack: torpor_sys::remote::Data,
     creds: usize,
     keys: keyrings::Asked,
+    landlock: Option<usize>,
     settings: settings::AskedThread,
 }
 
@@ -445,7 +449,7 @@ impl<'f> Subject<'f> {
         let mut of_process = None;
         for thread in before {
             let mut batch = Batch::new();
-            let asked = self.ask(&mut batch, thread.tid == before[0].tid)?;
+            let asked = self.ask(&mut batch, thread, thread.tid == before[0].tid, ctx)?;
             let inner = last(&thread.status.ns_pids);
             let mut visit = door.enter(thread.tid, inner).about(thread.tid, "visit")?;
             let results = visit.run(&batch).about(thread.tid, "visit")?;
@@ -469,6 +473,7 @@ impl<'f> Subject<'f> {
                 ));
             }
             keyrings::check(inner, &asked.keys, &results)?;
+            landlock::check(inner, asked.landlock, &results)?;
             let xstate = ptrace::xstate(thread.tid).about(thread.tid, "extended registers")?;
             let stopped = ctx.frozen.is_stopped(thread.tid);
             threads.push(Thread {
@@ -484,7 +489,7 @@ impl<'f> Subject<'f> {
         Ok((threads, of_process))
     }
 
-    fn ask(&self, batch: &mut Batch, is_leader: bool) -> Result<Asked> {
+    fn ask(&self, batch: &mut Batch, thread: &Before, is_leader: bool, ctx: &mut Context<'_, '_>) -> Result<Asked> {
         let process = if is_leader {
             let signals = signals::ask_process(batch, &self.status);
             let settings = settings::ask_process(batch);
@@ -498,6 +503,7 @@ impl<'f> Subject<'f> {
             stack: signals::ask_thread(batch),
             creds: creds::ask(batch),
             keys: keyrings::ask(batch),
+            landlock: ctx.landlock.ask(batch, last(&thread.status.ns_pids), &thread.status)?,
             settings: settings::ask_thread(batch),
         })
     }

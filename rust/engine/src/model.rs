@@ -101,6 +101,22 @@ pub struct Thread {
     pub settings: kinds::settings::ThreadState,
 }
 
+impl Process {
+    /// A process of which nothing is known but its id.
+    pub fn without_body(pid: i32) -> Process {
+        Process {
+            pid,
+            ppid: 0,
+            pgid: 0,
+            sid: 0,
+            exit_signal: 0,
+            zombie: None,
+            name: String::new(),
+            body: None,
+        }
+    }
+}
+
 impl Inventory {
     /// Number of threads of all living processes.
     pub fn tasks(&self) -> usize {

@@ -22,6 +22,14 @@ pub fn may_raise_limits() -> bool {
     has_capability(24)
 }
 
+/// Whether programs can put themselves into Landlock domains here.
+pub fn has_landlock() -> bool {
+    const VERSION: u32 = 1;
+    let none: *const libc::c_void = std::ptr::null();
+    // SAFETY: asks for the version of the interface; no memory is read.
+    (unsafe { libc::syscall(libc::SYS_landlock_create_ruleset, none, 0usize, VERSION) }) > 0
+}
+
 /// Everything that torpor or its tests ask about.
 pub fn all() -> BTreeMap<&'static str, Ability> {
     let me = std::process::id() as i32;

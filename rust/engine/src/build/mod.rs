@@ -105,8 +105,7 @@ pub fn build(
     background: bool,
     cancel: &Cancel,
 ) -> Result<(Skeleton, Objects, Shares)> {
-    let mut skeleton = Skeleton::seize(inventory, init, bounds)?;
-    skeleton.empty()?;
+    let mut skeleton = Skeleton::blank(inventory, init, bounds)?;
     skeleton.connect()?;
     tmpfs::rebuild(&inventory.tmpfs, image, init, bounds, cancel)?;
     let files = objects::rebuild_files(&skeleton, inventory, image, cancel)?;
@@ -135,6 +134,13 @@ pub fn build(
 }
 
 impl Skeleton {
+    /// A single process `pid`, with nothing in its memory but the stub and the kernel's parts.
+    pub fn blank(inventory: &Inventory, pid: Pid, bounds: &Bounds) -> Result<Skeleton> {
+        let skeleton = Skeleton::seize(inventory, pid, bounds)?;
+        skeleton.empty()?;
+        Ok(skeleton)
+    }
+
     /// Takes hold of the blank process and gives it the stub.
     fn seize(inventory: &Inventory, init: Pid, bounds: &Bounds) -> Result<Skeleton> {
         let options = Options::EXIT_KILL

@@ -185,6 +185,19 @@ pub fn rebuild(batch: &mut Batch, state: &State, have: u64) {
     }
 }
 
+/// Makes a process one without any power that others of the same user and group may look at.
+pub fn become_plain(batch: &mut Batch, uid: u32, gid: u32) {
+    set_groups(batch, &[]);
+    batch.must("setresgid", libc::SYS_setresgid, [gid.into(), gid.into(), gid.into()]);
+    batch.must("setresuid", libc::SYS_setresuid, [uid.into(), uid.into(), uid.into()]);
+    capset(batch, [0, 0, 0]);
+    batch.must(
+        "PR_SET_DUMPABLE",
+        libc::SYS_prctl,
+        [libc::PR_SET_DUMPABLE.into(), 1.into()],
+    );
+}
+
 fn ids(batch: &mut Batch, state: &State) {
     set_groups(batch, &state.groups);
     let [r, e, s, f] = state.gids;

@@ -12,6 +12,7 @@ pub mod inet;
 pub mod inotify;
 pub mod ipc;
 pub mod keyrings;
+pub mod landlock;
 pub mod listener;
 pub mod locks;
 pub mod memory;

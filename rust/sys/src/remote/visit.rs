@@ -471,7 +471,11 @@ impl<'d> Visit<'d> {
     fn take_twin(&mut self) -> Result<()> {
         let twin = ptrace::event_message(self.tid)? as Pid;
         match wait::until(twin, LIMIT)? {
-            Event::Stopped { .. } => ptrace::set_options(twin, ptrace::Options::EXIT_KILL)?,
+            // Its seccomp filters are those of the original, and must not judge our calls either.
+            Event::Stopped { .. } => {
+                let options = ptrace::Options::EXIT_KILL.and(ptrace::Options::SUSPEND_SECCOMP);
+                ptrace::set_options(twin, options)?;
+            }
             other => {
                 return Err(Error::Died {
                     pid: twin,
