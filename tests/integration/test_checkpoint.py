@@ -435,7 +435,12 @@ UNSUPPORTED = {
 }
 
 
-NEVER_CARRIED = {"a key in the session's ring", "a key in the thread's ring", "a Landlock domain", "a seccomp filter that asks"}
+NEVER_CARRIED = {
+    "a key in the session's ring",
+    "a key in the thread's ring",
+    "a Landlock domain",
+    "a seccomp filter that asks",
+}
 
 
 @pytest.mark.parametrize("what", UNSUPPORTED)
