@@ -253,6 +253,21 @@ def test_checkpoint_that_fails(stage: Callable[[str], Stage], torpor: Torpor, tm
     c.verify()
 
 
+@pytest.mark.requires("command:gcc", "command:busybox")
+@pytest.mark.parametrize("way", ["error", "kill"])
+@pytest.mark.parametrize("at", ["wait-entry", "wait-inside", "wait-left"])
+def test_a_thread_that_was_let_into_its_wait(stage: Callable[[str], Stage], torpor: Torpor, tmp: Path, at: str, way: str) -> None:  # fmt: skip
+    """To find out how long it waits: whatever ends us there, the wait goes on, without EINTR and not from the beginning."""
+    c = stage("waits").start()
+    words = ["checkpoint", "--image-path", tmp / "image", "--leave-running", c.id]
+    assert run_into(torpor, at, way, words, tmp / "out", tmp / "errors") == 128
+    untouched(c)
+    c.verify()
+    assert not whole_or_not_there(tmp / "image")
+    c.checkpoint(tmp / "again", "--leave-running")
+    c.verify()
+
+
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("at", RESTORE_STAGES)
 def test_restore_that_fails(stage: Callable[[str], Stage], torpor: Torpor, tmp: Path, at: str, way: str) -> None:

@@ -128,6 +128,7 @@ class Workload:
     needs: tuple[str, ...] = ()
     mounts: tuple[dict[str, Any], ...] = ()
     cpu: tuple[tuple[str, int], ...] = ()  # linux.resources.cpu
+    restless: bool = False  # its processes or threads come and go: never the same ones twice
 
 
 def _tmpfs(point: str, *options: str) -> dict[str, Any]:
@@ -153,10 +154,11 @@ WORKLOADS = {
         Workload("scheduling", ("/bin/scheduling",), "busybox", cpu=(("realtimeRuntime", 10000), ("realtimePeriod", 1000000))),
         Workload("tmpfs", ("/bin/tmpfs",), "busybox",
                  mounts=(_tmpfs("/run", "noexec", "mode=755", "size=65536k"), _tmpfs("/tmp", "exec", "mode=1777"))),
-        _c("orphans"), _c("terminals"),
-        Workload("counter", ("sh", "/bin/counter.sh"), "busybox", real=True),
-        Workload("pipeline", ("sh", "/bin/pipeline.sh"), "busybox", real=True),
-        _c("forked"), _c("mappings"),
+        _c("orphans"), _c("terminals"), _c("forked"), _c("mappings"), _c("crowd"), _c("handlers"),
+        Workload("vfork", ("/bin/vfork",), "busybox", restless=True),
+        Workload("bomb", ("/bin/bomb",), "busybox", restless=True),
+        Workload("counter", ("sh", "/bin/counter.sh"), "busybox", real=True, restless=True),
+        Workload("pipeline", ("sh", "/bin/pipeline.sh"), "busybox", real=True, restless=True),
         Workload("busy", ("/bin/busy",), "busybox", real=True),
         Workload("cpython", ("/usr/bin/python3.11", "/wl/cpython.py", "256"), "host", real=True, needs=("command:python3.11",)),
         Workload("redis",

@@ -130,6 +130,7 @@ pub fn collect(
     for (process, (_, fds)) in members.iter().zip(&fd_tables) {
         let subject = Subject::of(process, &mut advance)?;
         check_namespaces(process.pid, init)?;
+        check_threads(process)?;
         if process.pid == init {
             inventory.vdso = vdso::collect(&subject.memory, &subject.vmas)?;
         }
@@ -268,6 +269,24 @@ fn check_sharing(members: &[&FrozenProcess]) -> Result<()> {
 }
 
 /// # Errors
+/// Refused: threads that have given up what they shared with their process (unshare(2)).
+fn check_threads(process: &FrozenProcess) -> Result<()> {
+    let kinds = [
+        (kcmp::Kind::Files, "descriptor table"),
+        (kcmp::Kind::Fs, "working directory (CLONE_FS)"),
+    ];
+    for &tid in process.threads.iter().skip(1) {
+        for (kind, name) in kinds {
+            if !kcmp::same(process.pid, tid, kind).about(tid, "kcmp")? {
+                let why = format!("it is a thread of process {} and has one of its own", process.pid);
+                return Err(Error::unsupported(tid, name, why, ""));
+            }
+        }
+    }
+    Ok(())
+}
+
+/// # Errors
 /// Refused: a process in other namespaces than init.
 fn check_namespaces(pid: Pid, init: Pid) -> Result<()> {
     for kind in ["pid", "mnt", "net", "ipc", "uts", "user", "cgroup", "time"] {
@@ -281,10 +300,11 @@ fn check_namespaces(pid: Pid, init: Pid) -> Result<()> {
     }
     for kind in ["pid", "time"] {
         let of_children = format!("{kind}_for_children");
-        let (Ok(own), Ok(its)) = (proc::namespace(pid, &of_children), proc::namespace(pid, kind)) else {
+        let Ok(its) = proc::namespace(pid, kind) else {
             continue;
         };
-        if own != its {
+        // A pid namespace that nobody was born in yet cannot be read (kernel/pid_namespace.c, pidns_for_children_get).
+        if proc::namespace(pid, &of_children).ok() != Some(its) {
             let why = "its children would be born in another one, which is not carried";
             return Err(Error::unsupported(pid, format!("{kind} namespace"), why, ""));
         }

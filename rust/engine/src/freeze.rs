@@ -11,12 +11,19 @@ use torpor_sys::{Pid, fork, proc};
 
 use crate::error::{About, Error, Result};
 use crate::kinds::cpu;
+use crate::vfork;
 
 /// How long a task may take to stop or to end.
 pub const LIMIT: Duration = Duration::from_secs(10);
 
 /// How long init's end is waited for when only its parent's or an outsider's wait(2) is missing.
 const ODD: Duration = Duration::from_millis(50);
+
+/// How long a task may take to stop before somebody looks what keeps it.
+const PATIENCE: Duration = Duration::from_millis(20);
+
+/// How long a child of vfork(2) has to start its program, while the rest of the container may stand still.
+const VFORK_LIMIT: Duration = Duration::from_secs(2);
 
 /// A process whose threads are all stopped by us.
 #[derive(Debug)]
@@ -43,6 +50,8 @@ pub struct Frozen {
     rewound: BTreeSet<Pid>,
     /// The group is not frozen: a task that is interrupted stops at once.
     thawed: bool,
+    /// A process was let go again, to be stopped in a later pass.
+    let_run: bool,
 }
 
 /// Stops every thread of the container whose init is `init`.
@@ -65,6 +74,7 @@ pub fn freeze(init: Pid) -> Result<Frozen> {
         stopped: BTreeSet::new(),
         rewound: BTreeSet::new(),
         thawed: true,
+        let_run: false,
     };
     frozen.stop_all(init)?;
     frozen.keep_own_interrupts()?;
@@ -86,7 +96,8 @@ impl Frozen {
                 self.seize_process(pid, |_| true)?;
             }
             self.wait_all()?;
-            if self.seized.len() == before {
+            let again = std::mem::take(&mut self.let_run);
+            if self.seized.len() == before && !again {
                 break;
             }
             if pass == PASSES {
@@ -213,16 +224,7 @@ impl Frozen {
     }
 
     fn wait_stop(&mut self, tid: Pid, end: Instant) -> Result<()> {
-        let mut born = Vec::new();
-        let limit = end.saturating_duration_since(Instant::now());
-        let stop = wait::interrupted(tid, limit, |child| born.push(child)).about(tid, "thread")?;
-        // A child made before the stop is ours already.
-        for child in born {
-            if let Ok(status) = proc::status(child) {
-                self.seized.insert(child, status.tgid);
-            }
-        }
-        let Some(signal) = stop else {
+        let Some(signal) = self.stop_signal(tid, end)? else {
             self.seized.remove(&tid);
             return Ok(());
         };
@@ -233,6 +235,67 @@ impl Frozen {
             self.rewound.insert(tid);
         }
         self.note(tid);
+        Ok(())
+    }
+
+    /// The signal that a thread is stopped by; `None` when it has ended.
+    fn stop_signal(&mut self, tid: Pid, end: Instant) -> Result<Option<i32>> {
+        let begin = Instant::now();
+        loop {
+            let mut born = Vec::new();
+            let limit = end.saturating_duration_since(Instant::now()).min(PATIENCE);
+            let stop = wait::interrupted(tid, limit, |child| born.push(child));
+            // A child made before the stop is ours already.
+            for child in born {
+                if let Ok(status) = proc::status(child) {
+                    self.seized.insert(child, status.tgid);
+                }
+            }
+            match stop {
+                Err(torpor_sys::Error::Timeout { .. }) if Instant::now() < end => self.let_vfork_end(tid, begin)?,
+                other => return other.about(tid, "thread"),
+            }
+        }
+    }
+
+    /// Where a thread sleeps for a child of vfork(2), lets that child run on.
+    fn let_vfork_end(&mut self, tid: Pid, begin: Instant) -> Result<()> {
+        let Some(&pid) = self.seized.get(&tid) else {
+            return Ok(());
+        };
+        let borrowers = vfork::borrowers(tid, pid);
+        let Some(&child) = borrowers.first() else { return Ok(()) };
+        if begin.elapsed() > VFORK_LIMIT {
+            let why =
+                format!("it waits for process {child} to start a program or to end, and cannot be stopped before");
+            return Err(Error::unsupported(pid, "vfork", why, "try again later"));
+        }
+        // A child may sleep for one of its own.
+        borrowers.iter().rev().try_for_each(|p| self.let_run(*p))
+    }
+
+    /// Lets a process run that we have stopped or are about to stop.
+    fn let_run(&mut self, pid: Pid) -> Result<()> {
+        let tids: Vec<Pid> = self
+            .seized
+            .iter()
+            .filter(|(_, p)| **p == pid)
+            .map(|(t, _)| *t)
+            .collect();
+        for tid in tids {
+            if !self.is_waited(tid) {
+                wait::interrupted(tid, LIMIT, |_| {}).about(tid, "thread")?;
+            }
+            match ptrace::detach(tid, 0) {
+                Err(e) if ptrace::is_gone(&e) => {}
+                other => other.about(tid, "thread")?,
+            }
+            self.seized.remove(&tid);
+            self.stopped.remove(&tid);
+            self.rewound.remove(&tid);
+            self.let_run = true;
+        }
+        self.processes.retain(|p| p.pid != pid);
         Ok(())
     }
 

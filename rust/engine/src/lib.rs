@@ -29,6 +29,7 @@ pub mod squash;
 pub mod stage;
 pub mod track;
 pub mod twin;
+mod vfork;
 
 pub use checkpoint::checkpoint;
 pub use error::Error;

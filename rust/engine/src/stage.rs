@@ -118,15 +118,28 @@ impl<'c> Run<'c> {
     }
 }
 
-/// `TORPOR_FAILPOINT=stage[:error|kill|hang]`: what tests use to stop us at the end of a stage, while what it
-/// made still stands.
-pub fn failpoint(stage: Stage, cancel: &Cancel) -> Result<()> {
+/// What `TORPOR_FAILPOINT=name[:error|kill|hang]` asks for at the point `name`.
+fn wanted(name: &str) -> Option<&'static str> {
     static WANTED: OnceLock<String> = OnceLock::new();
     let wanted = WANTED.get_or_init(|| std::env::var("TORPOR_FAILPOINT").unwrap_or_default());
-    let (name, action) = wanted.split_once(':').unwrap_or((wanted, "error"));
-    if name != stage.name() {
-        return Ok(());
+    let (point, action) = wanted.split_once(':').unwrap_or((wanted, "error"));
+    (point == name).then_some(action)
+}
+
+/// A point inside a stage, where a tracee is in a state of its own: tests kill us there, or let it fail.
+pub fn point(name: &str) -> Result<()> {
+    match wanted(name) {
+        None => Ok(()),
+        Some("kill") => Ok(torpor_sys::fork::kill(std::process::id() as i32, 9)?),
+        Some(_) => Err(Error::Failpoint { stage: None }),
     }
+}
+
+/// What tests use to stop us at the end of a stage, while what it made still stands.
+pub fn failpoint(stage: Stage, cancel: &Cancel) -> Result<()> {
+    let Some(action) = wanted(stage.name()) else {
+        return Ok(());
+    };
     match action {
         "kill" => {
             torpor_sys::fork::kill(std::process::id() as i32, 9)?;

@@ -67,7 +67,8 @@ fn ids(pid: Pid) -> Result<(i32, u64)> {
 fn busy_signals(pid: Pid) -> Result<u64> {
     let mut busy = 0;
     for tid in proc::threads(pid).about(pid, "threads")? {
-        let s = proc::status(tid).about(tid, "status")?;
+        // Of a running process, a thread may have ended since it was listed.
+        let Ok(s) = proc::status(tid) else { continue };
         busy |= s.sig_caught | s.sig_blocked | s.sig_pending | s.shared_pending;
     }
     Ok(busy)

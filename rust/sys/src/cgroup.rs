@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use crate::error::{Error, Result};
-use crate::{Pid, proc};
+use crate::{Pid, proc, wait};
 
 /// The freezer of a container's cgroup.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -132,13 +132,7 @@ impl Freezer {
             .find(|p| state(p) == 'D')
             .or(pids.first().copied())
             .unwrap_or(0);
-        let wchan = fs::read_to_string(format!("/proc/{pid}/wchan")).unwrap_or_default();
-        Error::Timeout {
-            pid,
-            ms: 10_000,
-            state: state(&pid).to_string(),
-            wchan,
-        }
+        wait::timeout(pid, Duration::from_secs(10))
     }
 
     /// Asks for the group to be frozen without waiting: its tasks freeze when their tracer lets them go.

@@ -35,16 +35,18 @@ pub enum Error {
         how: String,
     },
     /// A task did not stop in time.
-    #[error("task {pid} did not stop within {ms} ms (state {state}, in {wchan})")]
+    #[error("task {pid} did not stop within {ms} ms (state {state}, in {wchan}, system call {call})")]
     Timeout {
         /// Its id.
         pid: i32,
         /// How long we waited, in milliseconds.
         ms: u64,
         /// Its state letter in /proc/PID/stat.
-        state: String,
+        state: char,
         /// The kernel function it sleeps in.
         wchan: String,
+        /// The number of the call that it is in, or `running`.
+        call: String,
     },
     /// A call run inside another process failed.
     #[error("{call} inside task {pid}: {}", errno.desc())]

@@ -14,6 +14,7 @@ const PEEKSIGINFO: u32 = 0x4209;
 const SECCOMP_GET_FILTER: u32 = 0x420c;
 const SECCOMP_GET_METADATA: u32 = 0x420d;
 const GET_RSEQ_CONFIGURATION: u32 = 0x420f;
+const GET_SYSCALL_USER_DISPATCH_CONFIG: u32 = 0x4211;
 const NT_X86_XSTATE: usize = 0x202;
 
 /// Options of a seized task.
@@ -268,6 +269,25 @@ pub fn rseq(tid: Pid) -> Result<Option<Rseq>> {
         })),
         Ok(_) => Ok(None),
         Err(e) if e.errno() == Some(nix::errno::Errno::EIO) => Ok(None),
+        Err(e) => Err(e),
+    }
+}
+
+/// Whether the thread's system calls are dispatched to itself (prctl(2), PR_SET_SYSCALL_USER_DISPATCH). False where the
+/// kernel (before 6.4) cannot tell.
+pub fn dispatches_syscalls(tid: Pid) -> Result<bool> {
+    // struct ptrace_sud_config: mode, selector, offset, len.
+    let mut config = [0u64; 4];
+    let ret = request(
+        "PTRACE_GET_SYSCALL_USER_DISPATCH_CONFIG",
+        GET_SYSCALL_USER_DISPATCH_CONFIG,
+        tid,
+        std::mem::size_of_val(&config),
+        config.as_mut_ptr() as usize,
+    );
+    match ret {
+        Ok(_) => Ok(config[0] != 0),
+        Err(e) if e.errno() == Some(nix::errno::Errno::EIO) => Ok(false),
         Err(e) => Err(e),
     }
 }

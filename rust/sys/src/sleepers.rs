@@ -1,6 +1,9 @@
 //! Who sleeps until when: /proc/timer_list, which tells of every timer but not whose it is.
 
 use std::collections::BTreeSet;
+use std::fs::File;
+use std::io::Read;
+use std::time::Instant;
 
 use crate::error::{Error, Result};
 
@@ -16,14 +19,31 @@ pub struct Sleepers {
     pub times: BTreeSet<i64>,
 }
 
-/// Reads /proc/timer_list (kernel/time/timer_list.c).
-pub fn read() -> Result<Sleepers> {
-    let text = std::fs::read_to_string(FILE).map_err(|e| Error::io("read", FILE, &e))?;
-    parse(&text).ok_or_else(|| Error::Call {
-        call: "parse",
+/// Reads /proc/timer_list (kernel/time/timer_list.c), which the kernel makes CPU by CPU: a machine with many of them and
+/// many timers may need longer than there is time for.
+///
+/// # Errors
+/// ETIME when it is not read by `end`.
+pub fn read(end: Instant) -> Result<Sleepers> {
+    let failed = |call, errno| Error::Call {
+        call,
         object: FILE.into(),
-        errno: nix::errno::Errno::EINVAL,
-    })
+        errno,
+    };
+    let mut file = File::open(FILE).map_err(|e| Error::io("open", FILE, &e))?;
+    let mut text = Vec::new();
+    let mut part = [0; 16 * 1024];
+    loop {
+        if Instant::now() > end {
+            return Err(failed("read", nix::errno::Errno::ETIME));
+        }
+        match file.read(&mut part).map_err(|e| Error::io("read", FILE, &e))? {
+            0 => break,
+            n => text.extend_from_slice(&part[..n]),
+        }
+    }
+    let text = String::from_utf8_lossy(&text);
+    parse(&text).ok_or_else(|| failed("parse", nix::errno::Errno::EINVAL))
 }
 
 fn first_number(text: &str) -> Option<i64> {
@@ -73,11 +93,18 @@ mod tests {
     }
 
     #[test]
+    fn reading_ends_when_the_time_is_over() {
+        let past = Instant::now() - std::time::Duration::from_millis(1);
+        assert!(read(past).is_err());
+    }
+
+    #[test]
     fn a_sleep_of_ours_is_listed() {
-        let Ok(before) = read() else { return };
+        let soon = || Instant::now() + std::time::Duration::from_secs(10);
+        let Ok(before) = read(soon()) else { return };
         let sleeper = std::thread::spawn(|| std::thread::sleep(std::time::Duration::from_millis(400)));
         std::thread::sleep(std::time::Duration::from_millis(100));
-        let during = read().unwrap();
+        let during = read(soon()).unwrap();
         let new = |t: &&i64| !before.times.contains(t) && (0..=400_000_000).contains(&(**t - during.now));
         assert!(during.times.iter().any(|t| new(&t)), "{before:?} {during:?}");
         sleeper.join().unwrap();

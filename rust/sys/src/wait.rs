@@ -131,14 +131,17 @@ pub fn interrupted(tid: Pid, limit: Duration, mut born: impl FnMut(Pid)) -> Resu
     }
 }
 
-fn timeout(tid: Pid, limit: Duration) -> Error {
-    let state = proc::stat(tid).map_or_else(|_| "?".into(), |s| s.state.to_string());
-    let wchan = std::fs::read_to_string(format!("/proc/{tid}/wchan")).unwrap_or_default();
+/// The error that tells what a task hangs in.
+pub(crate) fn timeout(tid: Pid, limit: Duration) -> Error {
+    let state = proc::stat(tid).map_or('?', |s| s.state);
+    let read = |name: &str| std::fs::read_to_string(format!("/proc/{tid}/{name}")).unwrap_or_default();
+    let call = read("syscall").split_whitespace().next().unwrap_or("?").into();
     Error::Timeout {
         pid: tid,
         ms: limit.as_millis().try_into().unwrap_or(u64::MAX),
         state,
-        wchan,
+        wchan: read("wchan"),
+        call,
     }
 }
 

@@ -55,10 +55,6 @@ registers!(r15 r14 r13 r12 rbp rbx r11 r10 r9 r8 rax rcx rdx rsi rdi orig_rax ri
 /// clears the kernel's note of that. So its next instruction becomes the abort handler (rseq(2)).
 pub fn settle(tid: Pid, memory: &Memory, rseq: Option<Rseq>, watch: &mut Watch) -> Result<Settled> {
     let mut regs = ptrace::regs(tid).about(tid, "registers")?;
-    let wait = watch.look(tid, &regs)?;
-    if restart::is_interrupted(&regs) {
-        regs = ptrace::regs(tid).about(tid, "registers")?;
-    }
     if regs.cs != 0x33 {
         return Err(Error::unsupported(
             tid,
@@ -66,6 +62,15 @@ pub fn settle(tid: Pid, memory: &Memory, rseq: Option<Rseq>, watch: &mut Watch) 
             "only 64-bit programs are carried",
             "",
         ));
+    }
+    if ptrace::dispatches_syscalls(tid).about(tid, "registers")? {
+        let why = "a call made for the checkpoint would be one that it catches";
+        let remedy = "switch it off before the checkpoint";
+        return Err(Error::unsupported(tid, "syscall user dispatch", why, remedy));
+    }
+    let wait = watch.look(tid, &regs)?;
+    if restart::is_interrupted(&regs) {
+        regs = ptrace::regs(tid).about(tid, "registers")?;
     }
     if let Some(abort) = rseq.and_then(|r| rseq_abort(memory, r, regs.rip)) {
         regs.rip = abort;

@@ -15,6 +15,7 @@ use torpor_sys::sleepers::{self, Sleepers};
 use torpor_sys::wait::{self, Event};
 
 use crate::error::{About, Error, Result};
+use crate::stage;
 
 /// -ERESTART_RESTARTBLOCK, which only a tracer sees.
 const RESTARTED: i64 = -516;
@@ -64,6 +65,8 @@ fn is_relative(call: u64, regs: &Regs) -> bool {
 pub struct Watch {
     last: Option<Sleepers>,
     budget: Duration,
+    /// When the budget is used up, for the thread that is being looked at.
+    end: Instant,
     /// Waits that nobody could tell the end of.
     unknown: usize,
 }
@@ -73,6 +76,7 @@ impl Default for Watch {
         Watch {
             last: None,
             budget: BUDGET,
+            end: Instant::now(),
             unknown: 0,
         }
     }
@@ -94,6 +98,7 @@ impl Watch {
             return Ok(Some(Wait { call, left: None }));
         }
         let began = Instant::now();
+        self.end = began + self.budget;
         let found = self.dip(tid, regs, known);
         self.budget = self.budget.saturating_sub(began.elapsed());
         found
@@ -106,6 +111,7 @@ impl Watch {
         for _ in 0..ROUNDS {
             let before = self.snapshot();
             let is_inside = enter(tid)?;
+            stage::point("wait-inside")?;
             if is_inside {
                 call = call.or(sleeping_call(tid, regs));
             }
@@ -113,6 +119,7 @@ impl Watch {
             if is_inside {
                 step_back(tid)?;
             }
+            stage::point("wait-left")?;
             if !is_interrupted(&ptrace::regs(tid).about(tid, "registers")?) {
                 // It has come to its end meanwhile.
                 return Ok(None);
@@ -159,7 +166,7 @@ impl Watch {
             return None;
         }
         if self.last.is_none() {
-            self.last = sleepers::read().ok();
+            self.last = sleepers::read(self.end).ok();
         }
         self.last.clone()
     }
@@ -174,6 +181,7 @@ fn enter(tid: Pid) -> Result<bool> {
             signal: libc::SIGTRAP,
             event: 0,
         } => {
+            stage::point("wait-entry")?;
             ptrace::cont_to_syscall(tid, 0).about(tid, "thread")?;
             Ok(true)
         }

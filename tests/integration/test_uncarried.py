@@ -1,0 +1,63 @@
+"""State of processes that no image carries: refused by name, and the container does not notice."""
+
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from support.cli import Container, Torpor, new_id
+from support.workloads import CAPS, compiled
+
+pytestmark = [pytest.mark.requires("root", "command:gcc", "command:busybox")]
+
+KINDS = {
+    "dispatch": "syscall user dispatch: a call made for the checkpoint",
+    "vfork": "vfork: it waits for process",
+    "thread-fs": "working directory (CLONE_FS): it is a thread of process",
+    "thread-files": "descriptor table: it is a thread of process",
+    "shared-memory": "address space: it shares its address space with process",
+    "shared-handlers": "address space: it shares its address space with process",
+    "shared-files": "descriptor table: it shares its descriptor table with process",
+    "shared-fs": "working directory (CLONE_FS): it shares",
+    "pid-namespace": "pid namespace: it has one of its own",
+    "pid-for-children": "pid namespace: its children would be born in another one",
+    "time-for-children": "time namespace: its children would be born in another one",
+    "traced": "ptrace: it is traced by process",
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_is_refused_by_name(kind: str, busybox: Callable[..., Path], torpor: Torpor, tmp: Path) -> None:
+    bundle = busybox(["/bin/uncarried", kind], caps=[*CAPS, "CAP_SYS_PTRACE", "CAP_SYS_TIME"])
+    shutil.copy2(compiled("uncarried"), bundle / "rootfs" / "bin" / "uncarried")
+    c = Container(torpor, bundle, new_id()).run().wait_ready()
+    pids = c.host_pids()
+    for flags in ([], ["--leave-running"]):
+        torpor.fails("checkpoint", "--image-path", tmp / "image", *flags, c.id, says=KINDS[kind])
+        assert not (tmp / "image").exists()
+        assert c.status == "running" and c.host_pids() == pids
+        c.verify()
+
+
+BITS32 = """
+static const char ready[] = "READY\\n";
+void _start(void) {
+    int r;
+    __asm__ volatile("int $0x80" : "=a"(r) : "a"(4), "b"(1), "c"(ready), "d"(6) : "memory");
+    for (;;) __asm__ volatile("int $0x80" : "=a"(r) : "a"(29) : "memory");
+}
+"""
+
+
+def test_a_32_bit_program_is_refused(busybox: Callable[..., Path], torpor: Torpor, tmp: Path) -> None:
+    """Made without a C library, which a machine has seldom for 32 bits."""
+    (tmp / "bits32.c").write_text(BITS32)
+    bundle = busybox(["/bin/bits32"])
+    target = bundle / "rootfs" / "bin" / "bits32"
+    flags = ["-m32", "-O1", "-static", "-nostdlib", "-fno-pic", "-no-pie", "-fcf-protection=none"]
+    if subprocess.run(["gcc", *flags, "-o", target, tmp / "bits32.c"], capture_output=True, check=False).returncode:
+        pytest.skip("gcc makes no 32-bit programs here")
+    c = Container(torpor, bundle, new_id()).run().wait_ready()
+    torpor.fails("checkpoint", "--image-path", tmp / "image", c.id, says="only 64-bit programs are carried")
+    assert not (tmp / "image").exists() and c.status == "running"
