@@ -19,7 +19,7 @@ use crate::freeze::{Frozen, FrozenProcess};
 use crate::kinds::inet::{Hold, connection::Policy};
 use crate::kinds::{
     clocks, console, cpu, creds, files, fs, ipc, keyrings, landlock, memory, mounts, paths, posix_timers, restart,
-    seccomp, settings, signals, tasks, timers, tmpfs, vdso,
+    seccomp, settings, shared, signals, tasks, timers, tmpfs, vdso,
 };
 use crate::model::{Body, Inventory, Process, Thread};
 use crate::track::Tracking;
@@ -100,11 +100,12 @@ pub fn collect(
     let mounts = mounts::Table::of(init)?;
     mounts.check()?;
     inventory.mounts = mounts.seen();
+    let maps = creds::IdMaps::of(init)?;
     let mut tables = memory::Tables {
         view: &view,
         tracking,
         mapped: Vec::new(),
-        shared: Default::default(),
+        shared: shared::Table::of(maps.clone()),
     };
     let members = members(frozen, init, &mut inventory.warnings)?;
     check_sharing(&members)?;
@@ -114,10 +115,6 @@ pub fn collect(
             .filter_map(|p| Some((p.pid, inner_pid(p.pid)?)))
             .collect(),
     );
-    let maps = creds::IdMaps {
-        uids: proc::id_map(init, "uid_map").about(init, "uid_map")?,
-        gids: proc::id_map(init, "gid_map").about(init, "gid_map")?,
-    };
     let mut survey = files::Survey::default();
     let mut fd_tables = Vec::new();
     // All before the first file is opened for a look: a program that watches it would have an event to read.
@@ -163,6 +160,7 @@ pub fn collect(
     let mut naming = files::Naming {
         init,
         tasks: &tasks,
+        maps: &maps,
         tables: &mut tables,
         ptys: Default::default(),
         pipes: Vec::new(),

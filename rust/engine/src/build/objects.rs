@@ -12,6 +12,7 @@ use super::Skeleton;
 use crate::bounds::Bounds;
 use crate::capture::SHARED;
 use crate::error::{About, Error, Result};
+use crate::kinds::creds::IdMaps;
 use crate::kinds::files::{Description, Object, PathState};
 use crate::kinds::{
     console, creds, epoll, eventfd, files, inet, locks, pidfd as pidfds, pipe, shared, signalfd, timerfd, unix,
@@ -76,11 +77,12 @@ pub(super) fn rebuild_files(
     image: &Reader,
     cancel: &Cancel,
 ) -> Result<Files> {
+    let maps = IdMaps::of(skeleton.init)?;
     let mut shared = Vec::new();
     for (index, state) in inventory.objects.shared.iter().enumerate() {
         cancel.check()?;
         let unnamed = |directory: &str| skeleton.open_unnamed(directory);
-        let file = shared::rebuild(state, unnamed)?;
+        let file = shared::rebuild(state, &maps, unnamed)?;
         fill(&file, image, SHARED + index as u32, state.size)?;
         shared.push(file);
     }

@@ -1,11 +1,12 @@
 //! Who a thread acts as: ids, groups, capabilities, securebits, no_new_privs. Kept in the container's own ids.
 
 use serde::{Deserialize, Serialize};
-use torpor_sys::proc::Status;
+use torpor_sys::Pid;
+use torpor_sys::proc::{self, Status};
 use torpor_sys::remote::{Batch, Results};
 
 use crate::bounds::Bounds;
-use crate::error::{Error, Result};
+use crate::error::{About, Error, Result};
 
 const CAP_SETPCAP: u64 = 8;
 /// Set by PR_SET_KEEPCAPS too, which needs no capability (capabilities(7)).
@@ -38,6 +39,25 @@ pub struct IdMaps {
 }
 
 impl IdMaps {
+    /// Those of the user namespace of a process.
+    pub fn of(pid: Pid) -> Result<IdMaps> {
+        Ok(IdMaps {
+            uids: proc::id_map(pid, "uid_map").about(pid, "uid_map")?,
+            gids: proc::id_map(pid, "gid_map").about(pid, "gid_map")?,
+        })
+    }
+
+    /// Mode, user and group, the latter two as the container numbers them.
+    pub fn inner_owner(&self, (mode, uid, gid): (u32, u32, u32)) -> (u32, u32, u32) {
+        let (uid, gid) = self.inner(uid, gid);
+        (mode, uid, gid)
+    }
+
+    /// Mode, user and group, the latter two as we number them.
+    pub fn outer_owner(&self, (mode, uid, gid): (u32, u32, u32)) -> (u32, u32, u32) {
+        (mode, outside(&self.uids, uid), outside(&self.gids, gid))
+    }
+
     /// A user and a group as the container numbers them.
     pub fn inner(&self, uid: u32, gid: u32) -> (u32, u32) {
         (inside(&self.uids, uid), inside(&self.gids, gid))
@@ -49,6 +69,14 @@ fn inside(map: &[(u32, u32, u32)], id: u32) -> u32 {
     map.iter()
         .find(find)
         .map_or(65534, |&(inside, outside, _)| inside + (id - outside))
+}
+
+/// An id that the container does not have stays what it is: the kernel shows nobody's (65534).
+fn outside(map: &[(u32, u32, u32)], id: u32) -> u32 {
+    let find = |&&(inside, _, count): &&(u32, u32, u32)| id.wrapping_sub(inside) < count;
+    map.iter()
+        .find(find)
+        .map_or(id, |&(inside, outside, _)| outside + (id - inside))
 }
 
 /// Asks for what /proc does not tell: the securebits.

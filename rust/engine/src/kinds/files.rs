@@ -10,6 +10,7 @@ use torpor_sys::kcmp;
 use torpor_sys::proc::{self, FdInfo};
 use torpor_sys::{Pid, pidfd};
 
+use super::creds::IdMaps;
 use super::tasks::Tasks;
 use super::{
     console, epoll, eventfd, inet, inotify, listener, locks, memory, owner, pidfd as pidfds, pipe, pty, signalfd,
@@ -249,6 +250,8 @@ pub struct Naming<'a, 'v> {
     pub init: Pid,
     /// What is known of its tasks.
     pub tasks: &'a Tasks,
+    /// How it numbers users and groups.
+    pub maps: &'a IdMaps,
     /// Paths and shared objects.
     pub tables: &'a mut memory::Tables<'v>,
     /// What becomes of TCP connections to the outside.
@@ -521,14 +524,18 @@ fn socket(found: &Found, known: &Sockets<'_>, naming: &mut Naming<'_, '_>) -> Re
     let (pid, number) = (found.holder, found.number);
     match fd::socket_domain(&found.fd).about(pid, format!("fd {number}"))? {
         libc::AF_INET | libc::AF_INET6 => {
-            let state = inet::collect(pid, number, &found.fd, known.connections, naming.blob)?;
+            let mut state = inet::collect(pid, number, &found.fd, known.connections, naming.blob)?;
+            state.owner = naming.maps.inner_owner(state.owner);
             naming.warnings.extend(state.warning());
             Ok(Some(Object::Inet(Box::new(state))))
         }
         libc::AF_UNIX => {
             let Some(survey) = known.unix else { return Ok(None) };
             match unix::collect(pid, number, &found.fd, found.id.ino, survey, known.inside, naming.blob)? {
-                unix::Found::Inside(state) => Ok(Some(Object::Unix(state))),
+                unix::Found::Inside(state) => {
+                    let state = state.renumbered(|owner| naming.maps.inner_owner(owner));
+                    Ok(Some(Object::Unix(Box::new(state))))
+                }
                 unix::Found::Outside => Ok(None),
             }
         }

@@ -7,6 +7,7 @@ use serde::{Deserialize, Serialize};
 use torpor_sys::Pid;
 use torpor_sys::fd::{self, FileId};
 
+use super::creds::IdMaps;
 use crate::error::{About, Error, Result};
 
 /// What it is.
@@ -53,6 +54,7 @@ pub struct Table {
     /// Open for reading, in the same order.
     pub sources: Vec<OwnedFd>,
     keys: Vec<(u64, u64)>,
+    maps: IdMaps,
 }
 
 /// What a name in maps or a link in /proc/PID/fd says of a file without links; `None` when it is another kind.
@@ -75,6 +77,14 @@ fn kind_of(link: &str, id: &FileId) -> Option<Kind> {
 }
 
 impl Table {
+    /// An empty one, for a container that numbers users and groups so.
+    pub fn of(maps: IdMaps) -> Table {
+        Table {
+            maps,
+            ..Table::default()
+        }
+    }
+
     /// The index of the object behind `file`, a descriptor of ours; `None` when it is a file with a name.
     /// `link` is how /proc names it.
     pub fn index(&mut self, pid: Pid, link: &str, file: &OwnedFd) -> Result<Option<usize>> {
@@ -94,12 +104,13 @@ impl Table {
             *seals = fd::fcntl(&source, F_GET_SEALS, 0).about(pid, link)?;
         }
         self.keys.push((id.dev, id.ino));
+        let (uid, gid) = self.maps.inner(id.uid, id.gid);
         self.states.push(State {
             kind,
             size: id.size,
             mode: id.mode & 0o7777,
-            uid: id.uid,
-            gid: id.gid,
+            uid,
+            gid,
         });
         self.sources.push(source);
         Ok(Some(self.states.len() - 1))
@@ -108,7 +119,7 @@ impl Table {
 
 /// A new empty object of the right kind and size, open for reading and writing. `unnamed` makes a nameless file
 /// in a directory of the container.
-pub fn rebuild(state: &State, unnamed: impl Fn(&str) -> Result<OwnedFd>) -> Result<OwnedFd> {
+pub fn rebuild(state: &State, maps: &IdMaps, unnamed: impl Fn(&str) -> Result<OwnedFd>) -> Result<OwnedFd> {
     let file = match &state.kind {
         Kind::Anonymous => fd::shared_anonymous(state.size).about(1, "shared memory")?,
         Kind::Memfd { name, .. } => fd::memfd(name, libc::MFD_ALLOW_SEALING).about(1, "memfd")?,
@@ -116,7 +127,8 @@ pub fn rebuild(state: &State, unnamed: impl Fn(&str) -> Result<OwnedFd>) -> Resu
     };
     if state.kind != Kind::Anonymous {
         fd::truncate(&file, state.size).about(1, "shared object")?;
-        fd::set_owner(&file, state.mode, state.uid, state.gid).about(1, "shared object")?;
+        let (mode, uid, gid) = maps.outer_owner((state.mode, state.uid, state.gid));
+        fd::set_owner(&file, mode, uid, gid).about(1, "shared object")?;
     }
     Ok(file)
 }

@@ -8,8 +8,9 @@ use torpor_image::BlobRef;
 use torpor_sys::socket::diag::{self, UnixSocket};
 use torpor_sys::socket::options::{self, Values};
 use torpor_sys::socket::{self, Address, Place};
-use torpor_sys::{Pid, fd, namespace, proc};
+use torpor_sys::{Pid, fd, namespace, proc, tree};
 
+use super::creds::IdMaps;
 use super::paths::View;
 use crate::error::{About, Error, Result};
 
@@ -152,6 +153,21 @@ pub struct State {
     /// Options that are not as in a new socket.
     #[serde(default, skip_serializing_if = "Values::is_empty")]
     pub options: Values,
+}
+
+impl State {
+    /// With other numbers for users and groups.
+    pub fn renumbered(&self, owner: impl Fn((u32, u32, u32)) -> (u32, u32, u32)) -> State {
+        let file = |file: &File| File {
+            owner: owner(file.owner),
+            ..file.clone()
+        };
+        State {
+            file: self.file.as_ref().map(file),
+            owner: owner(self.owner),
+            ..self.clone()
+        }
+    }
 }
 
 /// What is known of all unix sockets before one is looked at.
@@ -446,6 +462,9 @@ fn weight(kind: Kind, messages: &[(Vec<u8>, Name)]) -> torpor_sys::Result<usize>
 pub fn rebuild(init: Pid, states: &[&State], blob: &dyn Fn(BlobRef) -> Result<Vec<u8>>) -> Result<Vec<OwnedFd>> {
     let index: BTreeMap<u64, usize> = states.iter().enumerate().map(|(i, s)| (s.ino, i)).collect();
     check(states, &index)?;
+    let maps = IdMaps::of(init)?;
+    let states: Vec<State> = states.iter().map(|s| s.renumbered(|o| maps.outer_owner(o))).collect();
+    let states: &[&State] = &states.iter().collect::<Vec<_>>();
     let read = |s: &&State| s.queue.iter().map(|m| blob(m.data)).collect::<Result<_>>();
     let root = fd::open(&format!("/proc/{init}/root"), libc::O_PATH | libc::O_DIRECTORY).about(init, "root")?;
     let builder = Builder {
@@ -752,7 +771,9 @@ fn bind(socket: &OwnedFd, name: &Name, place: Option<(&OwnedFd, &str, (u32, u32,
         uid,
         gid,
     };
-    socket::bind_file(socket, &name.0, Some(&place)).map_err(|error| match error {
+    // A file system of a user namespace takes no files of ids that it does not know.
+    let bound = tree::as_owner(uid, gid, || socket::bind_file(socket, &name.0, Some(&place))).and_then(|made| made);
+    bound.map_err(|error| match error {
         torpor_sys::Error::Call { call, errno, .. } => torpor_sys::Error::Call {
             call,
             object: path.into(),

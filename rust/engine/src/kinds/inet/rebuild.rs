@@ -11,11 +11,12 @@ use torpor_sys::{Pid, fd, namespace};
 use super::connection::{self, Bytes, Mate};
 use super::{Endpoint, Protocol, State};
 use crate::error::{About, Error, Result};
+use crate::kinds::creds::IdMaps;
 
 type Made<T> = torpor_sys::Result<T>;
 
 /// Makes the sockets in the network namespace of `init`, in the order of `states`. `blob` reads bytes of the image.
-pub fn rebuild(init: Pid, states: &[&State], blob: &dyn Fn(BlobRef) -> Result<Vec<u8>>) -> Result<Vec<OwnedFd>> {
+pub fn rebuild<'a>(init: Pid, states: &[&'a State], blob: &dyn Fn(BlobRef) -> Result<Vec<u8>>) -> Result<Vec<OwnedFd>> {
     let bytes = |state: &&State| match &state.connection {
         None => Ok(None),
         Some(c) => Ok(Some(Bytes {
@@ -25,7 +26,13 @@ pub fn rebuild(init: Pid, states: &[&State], blob: &dyn Fn(BlobRef) -> Result<Ve
     };
     let bytes = states.iter().map(bytes).collect::<Result<Vec<_>>>()?;
     let parts = states.iter().zip(bytes);
-    let parts: Vec<Part<'_>> = parts.map(|(state, bytes)| Part { state, bytes }).collect();
+    let maps = IdMaps::of(init)?;
+    let part = |(state, bytes): (&&'a State, _)| Part {
+        state,
+        bytes,
+        owner: maps.outer_owner(state.owner),
+    };
+    let parts: Vec<Part<'_>> = parts.map(part).collect();
     if let Some(bad) = states
         .iter()
         .find(|s| s.connection.is_some() && (s.local.is_none() || s.peer.is_none()))
@@ -39,6 +46,8 @@ pub fn rebuild(init: Pid, states: &[&State], blob: &dyn Fn(BlobRef) -> Result<Ve
 struct Part<'a> {
     state: &'a State,
     bytes: Option<Bytes>,
+    /// Mode, user and group as we number them.
+    owner: (u32, u32, u32),
 }
 
 type Work = for<'a, 'b, 'c> fn(&'a Part<'b>, &'c OwnedFd) -> Made<()>;
@@ -170,8 +179,8 @@ impl Part<'_> {
         }
         socket::shutdown(socket, self.state.shutdown)?;
         let id = fd::stat(socket)?;
-        let (mode, uid, gid) = self.state.owner;
-        if (id.mode, id.uid, id.gid) != self.state.owner {
+        let (mode, uid, gid) = self.owner;
+        if (id.mode, id.uid, id.gid) != self.owner {
             fd::set_owner(socket, mode, uid, gid)
         } else {
             Ok(())

@@ -99,10 +99,7 @@ impl<'a> Ground<'a> {
         let namespace = |pid| proc::namespace(pid, "user").about(pid, "user namespace");
         Ok(Ground {
             mounts: Table::of(init)?,
-            maps: IdMaps {
-                uids: proc::id_map(init, "uid_map").about(init, "uid_map")?,
-                gids: proc::id_map(init, "gid_map").about(init, "gid_map")?,
-            },
+            maps: IdMaps::of(init)?,
             bounds,
             in_our_user_namespace: namespace(init)? == namespace(me)?,
         })
