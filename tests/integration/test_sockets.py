@@ -16,9 +16,7 @@ TMPFS = {"destination": "/wl", "type": "tmpfs", "source": "tmpfs", "options": ["
 
 
 @pytest.mark.parametrize("other", [100_000, 300_000])
-def test_owners_are_those_of_the_container(
-    torpor: Torpor, busybox: Callable[..., Path], tmp: Path, other: int
-) -> None:
+def test_owners_are_those_of_the_container(torpor: Torpor, busybox: Callable[..., Path], tmp: Path, other: int) -> None:
     """Sockets, the files they are bound to, and memfds; also when the new container has other ids outside."""
 
     def mapped(first: int) -> Callable[[dict[str, Any]], None]:

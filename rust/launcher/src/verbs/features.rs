@@ -45,7 +45,7 @@ fn features() -> Value {
             "apparmor": {"enabled": apparmor::is_enabled().unwrap_or(false)},
             "selinux": {"enabled": false},
             "intelRdt": {"enabled": true},
-            "mountExtensions": {"idmap": {"enabled": true}},
+            "mountExtensions": {"idmap": {"enabled": false}},
         },
         // Podman and others ask this before they try.
         "annotations": {"org.opencontainers.runc.checkpoint.enabled": "true"},
