@@ -128,7 +128,7 @@ class Workload:
     needs: tuple[str, ...] = ()
     mounts: tuple[dict[str, Any], ...] = ()
     cpu: tuple[tuple[str, int], ...] = ()  # linux.resources.cpu
-    restless: bool = False  # its processes or threads come and go: never the same ones twice
+    restless: bool = False  # its processes, threads or mappings change all the time: never the same ones twice
 
 
 def _tmpfs(point: str, *options: str) -> dict[str, Any]:
@@ -146,7 +146,8 @@ WORKLOADS = {
     for w in (
         _c("threads"), _c("signals"), _c("timers"), _c("blocked"), _c("identity", "first argument", "second"), _c("credentials"),
         _c("rlimits"), _c("memory"), _c("memfd"), _c("deleted"), _c("files"), _c("pipes"), _c("events"), _c("unixsock"), _c("inetsock"), _c("tcp"),
-        _c("sessions"), _c("robust"), _c("rseq"), _c("paging"), _c("late"), _c("tracked"), _c("advice"),
+        _c("sessions"), _c("robust"), _c("rseq"), _c("paging"), _c("late"), _c("tracked"),
+        Workload("advice", ("/bin/advice",), "busybox", restless=True),
         _c("clocks"), _c("waits"),
         _c("alone"), _c("churn"),
         _c("timerfds"), _c("posixtimers"), _c("pidfds"), _c("watches"), _c("locks"), _c("owners"),
