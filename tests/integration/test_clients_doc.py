@@ -44,6 +44,21 @@ exec sleep infinity
 """
 
 
+# dockerd sometimes stumbles over its own store when two commands about one checkpoint follow each other (moby#42900).
+PATIENT = r"""
+docker() {
+    local errors=$TMPDIR/errors try
+    for try in {1..20}; do
+        if command docker "$@" 2>"$errors"; then return 0; fi
+        if ! grep -q sha256 "$errors" || ! grep -Eq 'already exists|not found' "$errors"; then break; fi
+        sleep 0.5
+    done
+    cat "$errors" >&2
+    return 1
+}
+"""
+
+
 class Machine(daemons.Daemon):
     """Namespaces in which the files that the commands write are copies."""
 
@@ -72,7 +87,7 @@ class Machine(daemons.Daemon):
         }  # fmt: skip
 
     def sh(self, text: str) -> str:
-        command = ["bash", "-euo", "pipefail", "-c", f"cd {self.directory}/here\n{text}"]
+        command = ["bash", "-euo", "pipefail", "-c", f"cd {self.directory}/here\n{PATIENT}\n{text}"]
         return self.run(self.inside(*command), timeout=90).stdout
 
     def background(self, *argv: str) -> None:
