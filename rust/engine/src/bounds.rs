@@ -21,6 +21,8 @@ pub struct Bounds {
 
 const CAP_SETGID: u64 = 6;
 const CAP_SETUID: u64 = 7;
+/// For timers that wake a machine from sleep (timer_create(2), timerfd_create(2)).
+pub const CAP_WAKE_ALARM: u64 = 35;
 
 /// Names of capabilities by number (linux/capability.h).
 const CAPABILITIES: [&str; 41] = [

@@ -8,12 +8,12 @@ use torpor_sys::remote::{Arg, Batch, Data, Results};
 use torpor_sys::{Pid, proc};
 
 use super::signals::Info;
+use crate::bounds::CAP_WAKE_ALARM;
 use crate::error::{About, Error, Result};
 
 const PR_TIMER_CREATE_RESTORE_IDS: i32 = 77;
 const NONE: i32 = 1;
 const THREAD_ID: i32 = 4;
-const CAP_WAKE_ALARM: u64 = 35;
 /// More ids than this are not counted through where the kernel cannot be told one.
 const MAX_ID: i32 = 200_000;
 /// How many timers are asked for or made in one stop.

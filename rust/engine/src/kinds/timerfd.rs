@@ -9,10 +9,9 @@ use serde::{Deserialize, Serialize};
 use torpor_sys::event;
 use torpor_sys::proc::{self, FdInfo};
 
-use crate::bounds::Bounds;
+use crate::bounds::{Bounds, CAP_WAKE_ALARM};
 use crate::error::{About, Error, Result};
 
-const CAP_WAKE_ALARM: u32 = 35;
 const REALTIME_ALARM: i32 = 8;
 const BOOTTIME_ALARM: i32 = 9;
 
@@ -96,7 +95,7 @@ pub fn collect(pid: i32, number: i32, info: &FdInfo, fd: &OwnedFd) -> Result<Sta
 /// Refused: a timer that could wake the machine, in a container that may not.
 pub fn plan(state: &State, bounds: &Bounds) -> Result<()> {
     let wakes = [REALTIME_ALARM, BOOTTIME_ALARM].contains(&state.clock);
-    if wakes && bounds.capabilities >> CAP_WAKE_ALARM & 1 == 0 {
+    if wakes && !bounds.grants(CAP_WAKE_ALARM) {
         let why = "it can wake the machine, which needs CAP_WAKE_ALARM that the container does not grant";
         return Err(Error::refused(1, "timerfd", why));
     }

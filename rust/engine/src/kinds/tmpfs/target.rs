@@ -30,16 +30,15 @@ struct Power {
 
 impl Power {
     fn of(bounds: &Bounds, in_our_user_namespace: bool, options: &str) -> Power {
-        const CHOWN: u32 = 0;
-        const FOWNER: u32 = 3;
-        const SYS_ADMIN: u32 = 21;
-        const MKNOD: u32 = 27;
-        let has = |cap: u32| bounds.capabilities >> cap & 1 == 1;
+        const CHOWN: u64 = 0;
+        const FOWNER: u64 = 3;
+        const SYS_ADMIN: u64 = 21;
+        const MKNOD: u64 = 27;
         Power {
-            mknod: has(MKNOD) && in_our_user_namespace,
-            chown: has(CHOWN),
-            fowner: has(FOWNER),
-            trusted: has(SYS_ADMIN) && in_our_user_namespace,
+            mknod: bounds.grants(MKNOD) && in_our_user_namespace,
+            chown: bounds.grants(CHOWN),
+            fowner: bounds.grants(FOWNER),
+            trusted: bounds.grants(SYS_ADMIN) && in_our_user_namespace,
             only_uid: bounds.only_uid,
             suid: !bounds.no_new_privs && !options.split(',').any(|o| o == "nosuid"),
         }
