@@ -144,7 +144,7 @@ RUNS: dict[str, tuple[list[str], Edit | None]] = {
     "pids limit": (["cat", "/proc/self/cgroup"], None),
     "loopback": (["ip", "-o", "link", "show", "lo"], None),
     "domain": (["cat", "/proc/sys/kernel/domainname"], None),
-    "namespaces": (["sh", "-c", "echo $$; ls /proc | grep -c '^[0-9]'"], None),
+    "namespaces": (["sh", "-c", "echo $$; set -- /proc/[0-9]*; echo $#"], None),
     "standard streams": (["sh", "-c", "ls -l /proc/self/fd | wc -l"], None),
 }  # fmt: skip
 # a cgroup has the container's id in its name
@@ -230,7 +230,7 @@ EXECS: dict[str, tuple[list[str], list[str]]] = {
     "capability": (["--cap", "CAP_SYS_ADMIN"], ["grep", "^Cap[BEP]", "/proc/self/status"]),
     "no new privileges": (["--no-new-privs"], ["grep", "NoNewPrivs", "/proc/self/status"]),
     "not there": ([], ["nosuch"]),
-    "namespaces": ([], ["sh", "-c", "hostname; ls /proc | grep -c '^[0-9]'"]),
+    "namespaces": ([], ["sh", "-c", "hostname; set -- /proc/[0-9]*; echo $#"]),
 }
 
 

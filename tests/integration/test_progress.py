@@ -84,8 +84,8 @@ def test_for_programs(stage: Callable[[str], Stage], tmp: Path, torpor: Torpor) 
 def test_a_bar_on_a_terminal(stage: Callable[[str], Stage], tmp: Path, torpor: Torpor) -> None:
     c = stage("paging").start()
     command = ("checkpoint", "--leave-running", "--image-path")
-    # slow enough to be looked at
-    code, text = on_a_terminal(torpor, *command, tmp / "image", "--compression=zstd:13", c.id)
+    # slow enough to be looked at, on a fast machine too: what takes less than half a second shows no bar
+    code, text = on_a_terminal(torpor, *command, tmp / "image", "--compression=zstd:19", c.id)
     assert code == 0
     assert text.endswith("\n") and text.count("\n") == 1, text
     bars = text.rstrip("\r\n").split("\r")[1:]
