@@ -13,11 +13,35 @@ static void rest(void) {
     for (;;) syscall(SYS_pause);
 }
 
-static void *alone(void *argument) {
-    MUST(unshare((int)(intptr_t)argument));
+static void *is_made(void *argument) {
+    (void)argument;
     is_there = 1;
     rest();
     return NULL;
+}
+
+/* Two threads have in common what their process has not. */
+static void *two_alone(void *argument) {
+    MUST(unshare((int)(intptr_t)argument));
+    pthread_t other;
+    MUST0(pthread_create(&other, NULL, is_made, NULL));
+    rest();
+    return NULL;
+}
+
+static pid_t forked(int flags) { return (pid_t)MUST(syscall(SYS_clone, flags | SIGCHLD, NULL, NULL, NULL, NULL)); }
+
+/* A child has a child with our descriptor table, gives it up, and makes another child for us that has its new one. */
+static void crossed(void) {
+    volatile int *made = mmap(NULL, 4096, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
+    if (!(child = forked(CLONE_FILES))) {
+        if (!forked(CLONE_FILES)) rest();
+        MUST(unshare(CLONE_FILES));
+        if (!forked(CLONE_FILES | CLONE_PARENT)) rest();
+        *made = 1;
+        rest();
+    }
+    while (!*made) wl_sleep(0.005);
 }
 
 static void *sleeps_for_its_child(void *argument) {
@@ -58,18 +82,16 @@ int main(int argc, char **argv) {
         MUST(prctl(59 /* PR_SET_SYSCALL_USER_DISPATCH */, DISPATCH_ON, 0, 0, &selector));
     else if (!strcmp(kind, "vfork"))
         threaded(sleeps_for_its_child, 0);
-    else if (!strcmp(kind, "thread-fs"))
-        threaded(alone, CLONE_FS);
-    else if (!strcmp(kind, "thread-files"))
-        threaded(alone, CLONE_FILES);
+    else if (!strcmp(kind, "threads-fs"))
+        threaded(two_alone, CLONE_FS);
+    else if (!strcmp(kind, "threads-files"))
+        threaded(two_alone, CLONE_FILES);
+    else if (!strcmp(kind, "crossed-files"))
+        crossed();
     else if (!strcmp(kind, "shared-memory"))
         made_with(CLONE_VM);
     else if (!strcmp(kind, "shared-handlers"))
         made_with(CLONE_VM | CLONE_SIGHAND);
-    else if (!strcmp(kind, "shared-files"))
-        made_with(CLONE_FILES);
-    else if (!strcmp(kind, "shared-fs"))
-        made_with(CLONE_FS);
     else if (!strcmp(kind, "pid-namespace"))
         made_with(CLONE_NEWPID);
     else if (!strcmp(kind, "pid-for-children"))

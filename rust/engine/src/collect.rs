@@ -14,12 +14,13 @@ use torpor_sys::remote::{Batch, Door};
 use torpor_sys::{Pid, kcmp};
 
 use crate::advance::Advance;
+use crate::build::Lineage;
 use crate::error::{About, Error, Result};
 use crate::freeze::{Frozen, FrozenProcess};
 use crate::kinds::inet::{Hold, connection::Policy};
 use crate::kinds::{
     clocks, console, cpu, creds, files, fs, ipc, keyrings, landlock, memory, mounts, paths, posix_timers, restart,
-    seccomp, settings, shared, signals, tasks, timers, tmpfs, vdso,
+    seccomp, settings, shared, sharing, signals, tasks, timers, tmpfs, vdso,
 };
 use crate::model::{Body, Inventory, Process, Thread};
 use crate::track::Tracking;
@@ -108,7 +109,8 @@ pub fn collect(
         shared: shared::Table::of(maps.clone()),
     };
     let members = members(frozen, init, &mut inventory.warnings)?;
-    check_sharing(&members)?;
+    let tasks: Vec<(Pid, &[Pid])> = members.iter().map(|m| (m.pid, m.threads.as_slice())).collect();
+    let sharing = sharing::Survey::of(&tasks)?;
     let names = Names(
         members
             .iter()
@@ -116,18 +118,18 @@ pub fn collect(
             .collect(),
     );
     let mut survey = files::Survey::default();
-    let mut fd_tables = Vec::new();
     // All before the first file is opened for a look: a program that watches it would have an event to read.
-    for process in &members {
-        fd_tables.push((process.pid, survey.add_process(process.pid)?));
-    }
+    let fd_tables = fd_tables(&members, &sharing, &mut survey)?;
+    let table_of = |task: Pid| {
+        let own = fd_tables.iter().find(|(of, _)| *of == task);
+        own.map(|(_, table)| table.clone()).unwrap_or_default()
+    };
     let mut sources = Vec::new();
     let mut watch = restart::Watch::default();
     let mut landlock = landlock::Watch::new(init, &maps);
-    for (process, (_, fds)) in members.iter().zip(&fd_tables) {
+    for process in &members {
         let subject = Subject::of(process, &mut advance)?;
         check_namespaces(process.pid, init)?;
-        check_threads(process)?;
         if process.pid == init {
             inventory.vdso = vdso::collect(&subject.memory, &subject.vmas)?;
         }
@@ -142,8 +144,22 @@ pub fn collect(
             landlock: &mut landlock,
             blob,
         };
-        let (mut body, host) = subject.body(fds.clone(), &mut ctx)?;
-        body.locks = survey.locks(process.pid);
+        let (mut body, host) = subject.body(&mut ctx)?;
+        body.sharing = sharing.state(process.pid, |pid| names.inner(pid));
+        if body.sharing.files.is_none() {
+            body.fds = table_of(process.pid);
+            body.locks = survey.locks(process.pid);
+        }
+        for (thread, tid) in body.threads.iter_mut().zip(&process.threads) {
+            if sharing.is_apart(kcmp::Kind::Files, *tid) {
+                thread.own.fds = Some(table_of(*tid));
+                thread.own.locks = survey.locks(*tid);
+            }
+            if sharing.is_apart(kcmp::Kind::Fs, *tid) {
+                let status = proc::status(*tid).about(*tid, "status")?;
+                thread.own.fs = Some(fs::collect(*tid, &status, &maps)?);
+            }
+        }
         let described = subject.process(&names, Some(body))?;
         sources.push(Source {
             pid: process.pid,
@@ -157,6 +173,7 @@ pub fn collect(
     }
     inventory.warnings.extend(watch.report());
     let tasks = tasks::Tasks::of(members.iter().map(|m| m.pid));
+    plan_sharing(&inventory)?;
     let mut naming = files::Naming {
         init,
         tasks: &tasks,
@@ -232,59 +249,6 @@ fn inner_pid(pid: Pid) -> Option<i32> {
 }
 
 /// # Errors
-/// Refused: processes that share what only threads may share so far.
-fn check_sharing(members: &[&FrozenProcess]) -> Result<()> {
-    let kinds = [
-        (kcmp::Kind::Vm, "address space"),
-        (kcmp::Kind::Files, "descriptor table"),
-        (kcmp::Kind::Fs, "working directory (CLONE_FS)"),
-        (kcmp::Kind::Sighand, "signal handlers"),
-    ];
-    for (kind, name) in kinds {
-        // Sorted by the kernel's order, equal ones are neighbours.
-        let mut sorted: Vec<Pid> = members.iter().map(|p| p.pid).collect();
-        let mut failed = None;
-        sorted.sort_by(|a, b| {
-            kcmp::order(*a, *b, kind, 0, 0).unwrap_or_else(|e| {
-                failed = Some(e);
-                std::cmp::Ordering::Equal
-            })
-        });
-        if let Some(e) = failed {
-            return Err(e).about(members[0].pid, "kcmp");
-        }
-        for pair in sorted.windows(2) {
-            if kcmp::same(pair[0], pair[1], kind).about(pair[0], "kcmp")? {
-                let why = format!(
-                    "it shares its {name} with process {}, which is not carried yet",
-                    pair[1]
-                );
-                return Err(Error::unsupported(pair[0], name, why, ""));
-            }
-        }
-    }
-    Ok(())
-}
-
-/// # Errors
-/// Refused: threads that have given up what they shared with their process (unshare(2)).
-fn check_threads(process: &FrozenProcess) -> Result<()> {
-    let kinds = [
-        (kcmp::Kind::Files, "descriptor table"),
-        (kcmp::Kind::Fs, "working directory (CLONE_FS)"),
-    ];
-    for &tid in process.threads.iter().skip(1) {
-        for (kind, name) in kinds {
-            if !kcmp::same(process.pid, tid, kind).about(tid, "kcmp")? {
-                let why = format!("it is a thread of process {} and has one of its own", process.pid);
-                return Err(Error::unsupported(tid, name, why, ""));
-            }
-        }
-    }
-    Ok(())
-}
-
-/// # Errors
 /// Refused: a process in other namespaces than init.
 fn check_namespaces(pid: Pid, init: Pid) -> Result<()> {
     for kind in ["pid", "mnt", "net", "ipc", "uts", "user", "cgroup", "time"] {
@@ -308,6 +272,38 @@ fn check_namespaces(pid: Pid, init: Pid) -> Result<()> {
         }
     }
     Ok(())
+}
+
+/// The descriptor tables of all tasks that have one, by task. One that several processes share is read once.
+fn fd_tables(
+    members: &[&FrozenProcess],
+    sharing: &sharing::Survey,
+    survey: &mut files::Survey,
+) -> Result<Vec<(Pid, Vec<files::Descriptor>)>> {
+    let mut all: Vec<(Pid, Vec<files::Descriptor>)> = Vec::new();
+    for process in members {
+        let holder = sharing.holder(kcmp::Kind::Files, process.pid);
+        let known = all.iter().find(|(of, _)| *of == holder);
+        let table = match known {
+            Some((_, table)) => table.clone(),
+            None => survey.add_process(process.pid)?,
+        };
+        all.push((process.pid, table));
+        for &tid in process
+            .threads
+            .iter()
+            .filter(|t| sharing.is_apart(kcmp::Kind::Files, **t))
+        {
+            all.push((tid, survey.add_thread(tid)?));
+        }
+    }
+    Ok(all)
+}
+
+/// # Errors
+/// Refused: what a restore could not give back.
+fn plan_sharing(inventory: &Inventory) -> Result<()> {
+    sharing::plan(inventory, &Lineage::of(inventory))
 }
 
 /// Children that have ended and that nobody has waited for.
@@ -403,7 +399,7 @@ impl<'f> Subject<'f> {
         })
     }
 
-    fn body(&self, fds: Vec<files::Descriptor>, ctx: &mut Context<'_, '_>) -> Result<(Body, Host)> {
+    fn body(&self, ctx: &mut Context<'_, '_>) -> Result<(Body, Host)> {
         let pid = self.frozen.pid;
         let before = self.before(ctx.watch)?;
         let inner = last(&self.status.ns_tgids);
@@ -425,13 +421,14 @@ impl<'f> Subject<'f> {
         let body = Body {
             threads,
             memory: memory::collect(pid, &self.vmas, &self.stat, &inside, ctx.tables)?,
-            fds,
+            fds: Vec::new(),
             fs: fs::collect(pid, &self.status, ctx.maps)?,
             signals,
             timers,
             posix_timers,
             locks: Vec::new(),
             settings,
+            sharing: sharing::State::default(),
         };
         Ok((body, host))
     }
@@ -501,6 +498,7 @@ impl<'f> Subject<'f> {
                 creds: creds::answer(&thread.status, ctx.maps, asked.creds, &results),
                 seccomp: seccomp::collect(thread.tid, &thread.status, ctx.filters)?,
                 settings: settings::answer_thread(thread.tid, thread.rseq, &asked.settings, &results)?,
+                own: sharing::Own::default(),
             });
         }
         let of_process = of_process.ok_or_else(|| Error::nonsense("a process without threads"))?;

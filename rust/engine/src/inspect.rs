@@ -104,6 +104,9 @@ fn process(process: &Process, inventory: &Inventory, stored: u64) -> Value {
     value["stored_bytes"] = json!(stored);
     value["memory"] = memory(body);
     value["files"] = json!(files);
+    if !body.sharing.is_nothing() {
+        value["sharing"] = json!(body.sharing);
+    }
     value
 }
 

@@ -81,6 +81,9 @@ pub struct Body {
     pub locks: Vec<kinds::locks::Posix>,
     /// Limits and other settings of the process.
     pub settings: kinds::settings::ProcessState,
+    /// What is held for it by another process.
+    #[serde(default, skip_serializing_if = "kinds::sharing::State::is_nothing")]
+    pub sharing: kinds::sharing::State,
 }
 
 /// One thread.
@@ -99,6 +102,17 @@ pub struct Thread {
     pub seccomp: kinds::seccomp::Mode,
     /// Name, robust list, clear_child_tid, rseq.
     pub settings: kinds::settings::ThreadState,
+    /// What it has apart from its process.
+    #[serde(default, skip_serializing_if = "kinds::sharing::Own::is_nothing")]
+    pub own: kinds::sharing::Own,
+}
+
+impl Body {
+    /// Its descriptor table, unless another process holds it, and those of its threads.
+    pub fn tables(&self) -> impl Iterator<Item = &[kinds::files::Descriptor]> {
+        let of_threads = self.threads.iter().filter_map(|t| t.own.fds.as_deref());
+        std::iter::once(self.fds.as_slice()).chain(of_threads)
+    }
 }
 
 impl Process {
@@ -129,7 +143,24 @@ impl Inventory {
 
     /// What a reader must know to restore this, beyond format 1.0.
     pub fn requires(&self) -> BTreeSet<&'static str> {
-        self.descriptions.iter().filter_map(|d| d.object.requires()).collect()
+        let bodies = || self.processes.iter().filter_map(|p| p.body.as_ref());
+        let is_apart = |body: &Body| !body.sharing.is_nothing() || body.threads.iter().any(|t| !t.own.is_nothing());
+        let sharing = bodies().any(is_apart).then_some(torpor_image::SHARING);
+        let of_objects = self.descriptions.iter().filter_map(|d| d.object.requires());
+        of_objects.chain(sharing).collect()
+    }
+
+    /// Every descriptor table once.
+    pub fn tables(&self) -> impl Iterator<Item = &[kinds::files::Descriptor]> {
+        let bodies = self.processes.iter().filter_map(|p| p.body.as_ref());
+        bodies.flat_map(Body::tables)
+    }
+
+    /// The descriptor table that a process uses.
+    pub fn table_of<'b>(&'b self, body: &'b Body) -> &'b [kinds::files::Descriptor] {
+        let holds = |p: &&Process| Some(p.pid) == body.sharing.files;
+        let holder = self.processes.iter().find(holds).and_then(|p| p.body.as_ref());
+        &holder.unwrap_or(body).fds
     }
 
     /// Closes every TCP connection that leads out of the container.

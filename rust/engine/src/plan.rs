@@ -7,9 +7,10 @@ use torpor_sys::mem::Memory;
 use torpor_sys::proc::{self, Limits};
 
 use crate::bounds::Bounds;
+use crate::build::Lineage;
 use crate::error::{About, Error, Result};
-use crate::kinds::files::Object;
-use crate::kinds::{clocks, creds, mounts, scheduling, settings, timerfd, vdso};
+use crate::kinds::files::{Descriptor, Object};
+use crate::kinds::{clocks, creds, mounts, scheduling, settings, sharing, timerfd, vdso};
 use crate::model::{Body, Inventory, Process, Thread};
 
 const CAP_SYS_NICE: u64 = 23;
@@ -18,6 +19,7 @@ const CAP_SYS_NICE: u64 = 23;
 /// The first reason why the image cannot be restored into the waiting process `init`.
 pub fn plan(inventory: &Inventory, init: Pid, bounds: &Bounds) -> Result<()> {
     shape(inventory)?;
+    sharing::plan(inventory, &Lineage::of(inventory))?;
     inventory.clocks.as_ref().map_or(Ok(()), clocks::plan)?;
     mounts::plan(&inventory.mounts, init)?;
     let me = std::process::id() as Pid;
@@ -103,11 +105,8 @@ fn shape(inventory: &Inventory) -> Result<()> {
                 process.pid
             )));
         }
-        if body
-            .fds
-            .iter()
-            .any(|d| d.description >= inventory.descriptions.len() || d.fd < 0)
-        {
+        let is_nothing = |d: &Descriptor| d.description >= inventory.descriptions.len() || d.fd < 0;
+        if body.tables().flatten().any(is_nothing) {
             return Err(Error::nonsense(format!(
                 "process {} has a descriptor of nothing",
                 process.pid

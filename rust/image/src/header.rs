@@ -24,8 +24,11 @@ pub(crate) const PARENT: &str = "parent";
 /// Required of the reader of an image that holds TCP connections, or sockets whose connection was closed in the image:
 /// one that does not know them would make fresh sockets in their place.
 pub const CONNECTIONS: &str = "connections";
+/// Required of the reader of an image of tasks that have in common what processes have apart, or apart what threads have in
+/// common: one that does not know them would make them otherwise.
+pub const SHARING: &str = "sharing";
 /// The abilities that this reader has, each with the minor version that brought it.
-const KNOWN: [(&str, u16); 4] = [(PARENT, 1), ("lz4", 1), ("zstd", 1), (CONNECTIONS, 2)];
+const KNOWN: [(&str, u16); 5] = [(PARENT, 1), ("lz4", 1), ("zstd", 1), (CONNECTIONS, 2), (SHARING, 3)];
 
 /// The image that an image goes on from: known by its content, so that another one at the same place is refused.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]

@@ -7,7 +7,7 @@ pub const FILE_NAME: &str = "checkpoint.img";
 /// Format version written by this crate. Readers refuse another major and accept any minor.
 pub const MAJOR: u16 = 1;
 /// The newest minor version that this crate knows, see [`MAJOR`]. An image has the lowest that describes it.
-pub const MINOR: u16 = 2;
+pub const MINOR: u16 = 3;
 /// The unit of the page area: alignment and length of a page run.
 pub const PAGE_SIZE: u32 = 4096;
 /// One checksum covers this many bytes of the data area.

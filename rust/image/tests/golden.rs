@@ -89,19 +89,26 @@ fn version_1_1_is_read_and_still_what_is_written() {
     }
 }
 
-/// An image that requires what was found only while it was written.
+/// Images that require what was found only while they were written: the version follows from that.
 #[test]
-fn version_1_2_is_read_and_still_what_is_written() {
+fn versions_1_2_and_1_3_are_read_and_still_what_is_written() {
     assert_eq!(
-        MINOR, 2,
+        MINOR, 3,
         "add the golden image of the new version, and compare with that one"
     );
-    let reader = Reader::open_foreign(&golden("v1.2")).unwrap();
-    reader.verify().unwrap();
-    assert_eq!(reader.version(), (1, 2));
-    assert_eq!(reader.header().requires, [torpor_image::CONNECTIONS]);
-    let scratch = Scratch::new();
-    let committed = image::write_with_connections(scratch.path()).unwrap();
-    assert_eq!(committed.digest, reader.digest());
-    assert!(fs::read(committed.path).unwrap() == fs::read(golden("v1.2").join("checkpoint.img")).unwrap());
+    type Write = fn(&std::path::Path) -> Result<torpor_image::Committed, torpor_image::Error>;
+    let all: [(&str, u16, &str, Write); 2] = [
+        ("v1.2", 2, torpor_image::CONNECTIONS, image::write_with_connections),
+        ("v1.3", 3, torpor_image::SHARING, image::write_with_sharing),
+    ];
+    for (name, minor, word, write) in all {
+        let reader = Reader::open_foreign(&golden(name)).unwrap();
+        reader.verify().unwrap();
+        assert_eq!(reader.version(), (1, minor));
+        assert_eq!(reader.header().requires, [word]);
+        let scratch = Scratch::new();
+        let committed = write(scratch.path()).unwrap();
+        assert_eq!(committed.digest, reader.digest());
+        assert!(fs::read(committed.path).unwrap() == fs::read(golden(name).join("checkpoint.img")).unwrap());
+    }
 }

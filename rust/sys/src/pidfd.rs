@@ -14,6 +14,15 @@ pub fn open(pid: Pid) -> Result<OwnedFd> {
     Ok(unsafe { OwnedFd::from_raw_fd(fd as i32) })
 }
 
+/// Opens a descriptor of a thread (PIDFD_THREAD, since 6.9).
+pub fn open_thread(tid: Pid) -> Result<OwnedFd> {
+    // SAFETY: plain numbers; the result is a descriptor that we own.
+    let ret = unsafe { libc::syscall(libc::SYS_pidfd_open, tid, libc::O_EXCL) };
+    let fd = check(ret, "pidfd_open", tid)?;
+    // SAFETY: the kernel just gave us this descriptor.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd as i32) })
+}
+
 /// A descriptor of ours for an open file of another process (pidfd_getfd(2)).
 pub fn get_fd(pidfd: impl AsFd, fd: i32) -> Result<OwnedFd> {
     // SAFETY: plain numbers; the result is a descriptor that we own.

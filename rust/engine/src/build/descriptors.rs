@@ -3,7 +3,7 @@
 use std::os::fd::OwnedFd;
 
 use torpor_sys::fd;
-use torpor_sys::remote::{Arg, Batch};
+use torpor_sys::remote::{Arg, Batch, Site};
 
 use super::Skeleton;
 use crate::error::{About, Error, Result};
@@ -14,6 +14,11 @@ pub(super) const AT_ONCE: usize = 200;
 impl Skeleton {
     /// Sends descriptors into a process. The n-th gets the number that [`Skeleton::temporary`] says.
     pub(super) fn send(&self, pid: i32, fds: &[&OwnedFd]) -> Result<()> {
+        self.send_to(self.site(pid)?, pid, fds)
+    }
+
+    /// The same, into a thread.
+    pub(super) fn send_to(&self, site: &Site, pid: i32, fds: &[&OwnedFd]) -> Result<()> {
         let transport = self.transport.as_ref().ok_or_else(|| Error::nonsense("no transport"))?;
         for (group_index, group) in fds.chunks(AT_ONCE).enumerate() {
             fd::send_fds(transport, group).about(pid, "descriptors")?;
@@ -27,7 +32,7 @@ impl Skeleton {
                 placed.push(batch.must(what, libc::SYS_fcntl, args));
                 batch.must("close", libc::SYS_close, [*number]);
             }
-            let results = self.site(pid)?.run(&batch).about(pid, "descriptors")?;
+            let results = site.run(&batch).about(pid, "descriptors")?;
             for (i, call) in placed.iter().enumerate() {
                 if results.raw(*call) != i64::from(self.temporary(group_index * AT_ONCE + i)) {
                     return Err(Error::nonsense(format!("a descriptor of process {pid} went astray")));

@@ -10,7 +10,7 @@ use std::collections::BTreeSet;
 use torpor_image::{PageRun, Reader};
 
 use super::pages::{self, Ranges};
-use super::tree::orphans;
+use super::tree::Lineage;
 use crate::kinds::memory::{Area, Source};
 use crate::model::{Body, Inventory};
 
@@ -63,7 +63,7 @@ impl Shares {
         let data: Vec<Vec<PageRun>> = (0..inventory.processes.len() as u32)
             .map(|at| image.runs_of(at).iter().filter(|r| !r.is_zero()).copied().collect())
             .collect();
-        let orphans = orphans(inventory);
+        let orphans = Lineage::of(inventory).orphans;
         for at in 0..inventory.processes.len() {
             shares.add_family(inventory, &data, at, &orphans);
         }

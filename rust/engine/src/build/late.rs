@@ -2,14 +2,14 @@
 
 use std::os::fd::OwnedFd;
 
-use torpor_sys::remote::Batch;
+use torpor_sys::remote::{Batch, Site};
 
 use super::Skeleton;
 use super::objects::Objects;
 use crate::error::{About, Result};
 use crate::kinds::files::{Description, Object};
 use crate::kinds::{inotify, listener, locks, owner, posix_timers, timerfd, timers};
-use crate::model::{Body, Inventory, Process};
+use crate::model::{Inventory, Process};
 
 /// Descriptors of ours that are needed to the end.
 #[derive(Debug)]
@@ -71,10 +71,9 @@ impl Skeleton {
         posix_timers::start(&body.posix_timers, &run)
     }
 
-    /// Takes the locks that belong to a process.
-    pub(super) fn lock(&self, pid: i32, body: &Body) -> Result<()> {
-        let site = self.site(pid)?;
-        for group in body.locks.chunks(500) {
+    /// Takes the locks that belong to a descriptor table.
+    pub(super) fn lock(&self, pid: i32, site: &Site, all: &[locks::Posix]) -> Result<()> {
+        for group in all.chunks(500) {
             let mut batch = Batch::new();
             locks::rebuild_process(&mut batch, group);
             site.run(&batch).map_err(|e| locks::explain(pid, e))?;

@@ -31,6 +31,7 @@ use torpor_sys::{PAGE_SIZE, Pid, fork, pidfd, proc};
 
 use crate::bounds::Bounds;
 use crate::error::{About, Error, Result};
+use crate::kinds::sharing::Births;
 use crate::kinds::{memory, tmpfs, vdso};
 use crate::model::Inventory;
 use crate::stage::Cancel;
@@ -39,6 +40,7 @@ pub use inherit::Shares;
 pub use late::Late;
 use nursery::Nursery;
 pub use objects::Objects;
+pub use tree::Lineage;
 
 const TABLE: u64 = 512 * 1024;
 const LIMIT: Duration = Duration::from_secs(10);
@@ -115,8 +117,10 @@ pub fn build(
     } else {
         Shares::of(inventory, image)
     };
+    let births = Births::plan(inventory, &Lineage::of(inventory))?;
     let nursery = Nursery {
         inventory,
+        births: &births,
         image,
         cancel,
         files: &files,
@@ -169,7 +173,7 @@ impl Skeleton {
         let missing = || Error::unsupported(1, "vdso", "this kernel gives none", "boot it with vdso=1");
         let syscall_at = vdso::syscall_instruction(&memory, &vmas)?.ok_or_else(missing)?;
         let code = vmas.iter().find(|v| v.name == "[vdso]").ok_or_else(missing)?;
-        let fds = bodies().flat_map(|b| b.fds.iter().map(|d| d.fd));
+        let fds = inventory.tables().flatten().map(|d| d.fd);
         let mut skeleton = Skeleton {
             init,
             sites: BTreeMap::new(),

@@ -8,6 +8,7 @@ use super::{Layout, Shares, Skeleton};
 use crate::error::{About, Result};
 use crate::fill;
 use crate::huge;
+use crate::kinds::sharing::Births;
 use crate::model::{Inventory, Process};
 use crate::stage::Cancel;
 
@@ -15,6 +16,7 @@ use crate::stage::Cancel;
 #[derive(Debug)]
 pub(super) struct Nursery<'a> {
     pub(super) inventory: &'a Inventory,
+    pub(super) births: &'a Births,
     pub(super) image: &'a Reader,
     pub(super) cancel: &'a Cancel,
     pub(super) files: &'a Files,

@@ -2,12 +2,13 @@
 
 use std::os::fd::OwnedFd;
 
-use torpor_sys::remote::{Arg, Batch, Results};
+use torpor_sys::remote::{Arg, Batch, Results, Site};
 
 use super::Skeleton;
 use super::kernel_ranges;
 use super::objects::{Files, Objects, epoll_of};
 use crate::error::{About, Error, Result};
+use crate::kinds::files::Descriptor;
 use crate::kinds::memory::{self, Area, Source};
 use crate::kinds::{console, epoll, fs, settings, signals, vdso};
 use crate::model::{Body, Inventory, Process};
@@ -115,66 +116,94 @@ impl Skeleton {
         memory::rebuild_lock_future(&mut batch, &body.memory);
         settings::rebuild_process(&mut batch, &body.settings);
         signals::rebuild_actions(&mut batch, &body.signals);
-        fs::rebuild_removed(pid, &body.fs, &|batch| self.results(pid, batch, "working directory"))?;
-        fs::rebuild(&mut batch, &body.fs);
         self.run(pid, &batch, "settings")?;
-        self.descriptors(process, body, inventory, objects)
+        if body.sharing.fs.is_none() {
+            place(pid, self.site(pid)?, &body.fs)?;
+        }
+        if body.sharing.files.is_none() {
+            self.descriptors(pid, self.site(pid)?, &body.fds, inventory, objects)?;
+        }
+        self.dress_apart(process.pid, body, inventory, objects)?;
+        let mut batch = Batch::new();
+        self.foreground(process, inventory.table_of(body), inventory, &mut batch);
+        self.run(pid, &batch, "terminal")
     }
 
-    fn descriptors(&self, process: &Process, body: &Body, inventory: &Inventory, objects: &Objects) -> Result<()> {
-        let pid = process.pid;
-        let fds: Vec<&OwnedFd> = body.fds.iter().map(|d| &objects.descriptions[d.description]).collect();
-        self.send(pid, &fds)?;
+    /// What threads have apart from their process.
+    fn dress_apart(&self, pid: i32, body: &Body, inventory: &Inventory, objects: &Objects) -> Result<()> {
+        for (thread, (tid, site)) in body.threads.iter().zip(self.sites_of(pid)?) {
+            if let Some(state) = &thread.own.fs {
+                place(tid, site, state)?;
+            }
+            if let Some(fds) = &thread.own.fds {
+                self.descriptors(tid, site, fds, inventory, objects)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Gives a task its descriptor table.
+    fn descriptors(
+        &self,
+        pid: i32,
+        site: &Site,
+        table: &[Descriptor],
+        inventory: &Inventory,
+        objects: &Objects,
+    ) -> Result<()> {
+        let fds: Vec<&OwnedFd> = table.iter().map(|d| &objects.descriptions[d.description]).collect();
+        self.send_to(site, pid, &fds)?;
         let mut batch = Batch::new();
-        for (n, descriptor) in body.fds.iter().enumerate() {
+        for (n, descriptor) in table.iter().enumerate() {
             let flags = if descriptor.cloexec { libc::O_CLOEXEC } else { 0 };
             let args = [self.temporary(n).into(), descriptor.fd.into(), flags.into()];
             batch.must(format!("dup3 to fd {}", descriptor.fd), libc::SYS_dup3, args);
-            self.flush(pid, &mut batch, "descriptors")?;
-        }
-        self.run(pid, &batch, "descriptors")?;
-        let mut batch = Batch::new();
-        self.watch(body, inventory, &mut batch);
-        self.foreground(process, body, inventory, &mut batch);
-        self.close_ours(&mut batch);
-        self.run(pid, &batch, "descriptors")
-    }
-
-    /// An epoll instance that several processes have is filled by the first of them.
-    fn watch(&self, body: &Body, inventory: &Inventory, batch: &mut Batch) {
-        for descriptor in &body.fds {
-            let Some(state) = epoll_of(&inventory.descriptions[descriptor.description]) else {
-                continue;
-            };
-            let owner = inventory
-                .processes
-                .iter()
-                .filter_map(|p| p.body.as_ref())
-                .find_map(|b| {
-                    b.fds
-                        .iter()
-                        .find(|d| d.description == descriptor.description)
-                        .map(|d| (b, d.fd))
-                });
-            if owner.is_some_and(|(b, fd)| std::ptr::eq(b, body) && fd == descriptor.fd) {
-                epoll::rebuild(batch, descriptor.fd, state);
+            if batch.size() > site.capacity() * 3 / 4 {
+                site.run(&batch).about(pid, "descriptors")?;
+                batch = Batch::new();
             }
         }
+        site.run(&batch).about(pid, "descriptors")?;
+        let mut batch = Batch::new();
+        watch(table, inventory, &mut batch);
+        self.close_ours(&mut batch);
+        site.run(&batch).about(pid, "descriptors").map(drop)
     }
 
-    fn foreground(&self, process: &Process, body: &Body, inventory: &Inventory, batch: &mut Batch) {
+    fn foreground(&self, process: &Process, table: &[Descriptor], inventory: &Inventory, batch: &mut Batch) {
         use crate::kinds::files::Object;
         let Some(state) = inventory.console.as_ref().filter(|c| c.foreground > 0) else {
             return;
         };
         let is_stdio = |d: usize| matches!(inventory.descriptions[d].object, Object::Stdio { .. });
-        if let Some(terminal) = body
-            .fds
-            .iter()
-            .find(|d| is_stdio(d.description))
-            .filter(|_| process.sid == process.pid)
-        {
+        let mut terminals = table.iter().filter(|d| is_stdio(d.description));
+        if let Some(terminal) = terminals.next().filter(|_| process.sid == process.pid) {
             console::rebuild_foreground(batch, terminal.fd, state);
+        }
+    }
+}
+
+/// Takes a task to where its path look-ups begin.
+fn place(pid: i32, site: &Site, state: &fs::State) -> Result<()> {
+    let run = |batch: &Batch| site.run(batch).about(pid, "working directory");
+    fs::rebuild_removed(pid, state, &run)?;
+    let mut batch = Batch::new();
+    fs::rebuild(&mut batch, state);
+    run(&batch).map(drop)
+}
+
+/// An epoll instance that several tables have is filled by the first of them.
+fn watch(table: &[Descriptor], inventory: &Inventory, batch: &mut Batch) {
+    for descriptor in table {
+        let Some(state) = epoll_of(&inventory.descriptions[descriptor.description]) else {
+            continue;
+        };
+        let same = |d: &&Descriptor| d.description == descriptor.description;
+        let first = inventory
+            .tables()
+            .find_map(|t| t.iter().find(same).map(|d| (t.as_ptr(), d.fd)));
+        if first == Some((table.as_ptr(), descriptor.fd)) {
+            epoll::rebuild(batch, descriptor.fd, state);
         }
     }
 }

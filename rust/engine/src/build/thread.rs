@@ -17,7 +17,7 @@ fn capabilities_of(tid: Pid) -> Result<u64> {
 }
 
 impl Skeleton {
-    fn sites_of(&self, process: i32) -> Result<Vec<(i32, &Site)>> {
+    pub(super) fn sites_of(&self, process: i32) -> Result<Vec<(i32, &Site)>> {
         let mut all = vec![(process, self.site(process)?)];
         all.extend(
             self.threads
@@ -48,7 +48,10 @@ impl Skeleton {
         settings::rebuild_limits(&mut batch, &body.settings);
         self.site(process.pid)?.run(&batch).about(process.pid, "limits")?;
         // Before credentials and for good: closing any descriptor of a file would give its locks up.
-        self.lock(process.pid, body)?;
+        self.lock(process.pid, self.site(process.pid)?, &body.locks)?;
+        for (thread, (tid, site)) in body.threads.iter().zip(self.sites_of(process.pid)?) {
+            self.lock(tid, site, &thread.own.locks)?;
+        }
         for (thread, (_, site)) in body.threads.iter().zip(self.sites_of(process.pid)?) {
             self.last(inventory, body, thread, site)?;
         }
@@ -64,8 +67,8 @@ impl Skeleton {
         settings::rebuild_after_creds(&mut batch, is_leader.then_some(&body.settings), &thread.settings);
         let shared: &[signals::Info] = if is_leader { &body.signals.pending } else { &[] };
         signals::rebuild_pending(&mut batch, leader, tid, shared, &thread.signals.pending);
-        if is_leader {
-            self.relate(leader, inventory, &mut batch);
+        if is_leader || thread.own.fds.is_some() {
+            self.relate(tid, inventory, &mut batch);
         }
         site.run(&batch).about(tid, "credentials")?;
         if is_leader {

@@ -8,6 +8,7 @@ use torpor_sys::{Pid, fork, ptrace};
 
 use super::{LIMIT, Nursery, Skeleton};
 use crate::error::{About, Error, Result};
+use crate::kinds::sharing::{self, Step};
 use crate::model::{Inventory, Process};
 
 /// `struct clone_args` (clone3(2)) up to set_tid_size.
@@ -47,26 +48,40 @@ fn birth(parent: &Process, parent_born_in: i32, child: &Process) -> Birth {
     Birth::Elsewhere
 }
 
-/// Processes that are not made by cloning their parents.
-pub(super) fn orphans(inventory: &Inventory) -> BTreeSet<i32> {
-    let mut orphans = BTreeSet::new();
-    let mut born_in: BTreeMap<i32, (&Process, i32)> = BTreeMap::new();
-    for process in &inventory.processes {
-        let birth = born_in
-            .get(&process.ppid)
-            .map(|(p, b)| (birth(p, *b, process), p.sid, *b));
-        let session = match birth {
-            None => process.sid,
-            Some((Birth::BeforeSetsid, _, earlier)) => earlier,
-            Some((Birth::AfterSetsid, of_parent, _)) => of_parent,
-            Some((Birth::Elsewhere, _, _)) => {
-                orphans.insert(process.pid);
-                process.sid
-            }
-        };
-        born_in.insert(process.pid, (process, session));
+/// How processes come to be in their sessions.
+#[derive(Debug, Default)]
+pub struct Lineage {
+    /// Those that are not made by cloning their parents.
+    pub orphans: BTreeSet<i32>,
+    /// Those that are made before their parents begin a session.
+    pub early: BTreeSet<i32>,
+}
+
+impl Lineage {
+    /// Finds out.
+    pub fn of(inventory: &Inventory) -> Lineage {
+        let mut lineage = Lineage::default();
+        let mut born_in: BTreeMap<i32, (&Process, i32)> = BTreeMap::new();
+        for process in &inventory.processes {
+            let birth = born_in
+                .get(&process.ppid)
+                .map(|(p, b)| (birth(p, *b, process), p.sid, *b));
+            let session = match birth {
+                None => process.sid,
+                Some((Birth::BeforeSetsid, _, earlier)) => {
+                    lineage.early.insert(process.pid);
+                    earlier
+                }
+                Some((Birth::AfterSetsid, of_parent, _)) => of_parent,
+                Some((Birth::Elsewhere, _, _)) => {
+                    lineage.orphans.insert(process.pid);
+                    process.sid
+                }
+            };
+            born_in.insert(process.pid, (process, session));
+        }
+        lineage
     }
-    orphans
 }
 
 impl Skeleton {
@@ -106,47 +121,66 @@ impl Skeleton {
             .skip(1)
             .filter(|p| p.ppid == parent.pid)
             .collect();
-        let mut early = Vec::new();
-        let mut late = Vec::new();
+        let mut born_before = Vec::new();
+        let mut own = Vec::new();
         for child in children {
             match birth(parent, born_in, child) {
-                Birth::BeforeSetsid => early.push(child),
-                Birth::AfterSetsid => late.push(child),
-                Birth::Elsewhere => orphans.push(child),
+                Birth::BeforeSetsid => born_before.push(child.pid),
+                Birth::AfterSetsid => {}
+                Birth::Elsewhere => {
+                    orphans.push(child);
+                    continue;
+                }
+            }
+            own.push(child);
+        }
+        let steps = nursery.births.steps(parent, &own)?;
+        let mut batch = Batch::new();
+        let mut made = Vec::new();
+        let mut is_in_session = false;
+        for step in steps {
+            match step {
+                Step::GiveUp(flags) => Step::give_up(&mut batch, flags),
+                Step::Make(child, flags) => {
+                    if !born_before.contains(&child.pid) && !is_in_session {
+                        self.begin_session(inventory, parent, &mut batch);
+                        is_in_session = true;
+                    }
+                    let what = format!("clone3 of process {}", child.pid);
+                    clone3(&mut batch, what, flags as u64, child.exit_signal, child.pid);
+                    made.push(child);
+                }
             }
         }
-        let mut batch = Batch::new();
-        let fork = |batch: &mut Batch, child: &Process| {
-            clone3(
-                batch,
-                format!("clone3 of process {}", child.pid),
-                0,
-                child.exit_signal,
-                child.pid,
-            );
-        };
-        early.iter().for_each(|c| fork(&mut batch, c));
-        let is_root = parent.pid == inventory.processes[0].pid;
-        if parent.sid == parent.pid && !is_root {
-            batch.must("setsid", libc::SYS_setsid, []);
+        if !is_in_session {
+            self.begin_session(inventory, parent, &mut batch);
         }
-        self.take_terminal(inventory, parent, &mut batch);
-        late.iter().for_each(|c| fork(&mut batch, c));
         nursery.prepare(self, parent)?;
         let born = self.run_births(parent.pid, &batch)?;
-        for (child, tid) in early.iter().chain(&late).zip(born) {
+        for (child, tid) in made.iter().zip(born) {
             self.all.push(tid);
             let site = Site::cloned(tid, self.place).about(tid, "new process")?;
             self.sites.insert(child.pid, site);
             nursery.note_birth(self, parent.pid, child);
         }
-        for child in early.iter() {
-            self.children(nursery, child, born_in, orphans)?;
-        }
-        for child in late.iter() {
-            self.children(nursery, child, parent.sid, orphans)?;
+        for child in made {
+            let session = if born_before.contains(&child.pid) {
+                born_in
+            } else {
+                parent.sid
+            };
+            self.children(nursery, child, session, orphans)?;
         }
         Ok(())
+    }
+
+    /// What a leader of a session does before it has the children that are in it.
+    fn begin_session(&self, inventory: &Inventory, parent: &Process, batch: &mut Batch) {
+        let is_root = parent.pid == inventory.processes[0].pid;
+        if parent.sid == parent.pid && !is_root {
+            batch.must("setsid", libc::SYS_setsid, []);
+        }
+        self.take_terminal(inventory, parent, batch);
     }
 
     pub(super) fn run_births(&self, pid: i32, batch: &Batch) -> Result<Vec<Pid>> {
@@ -297,13 +331,9 @@ impl Skeleton {
         for group in body.threads[1..].chunks(1000) {
             let mut batch = Batch::new();
             for thread in group {
-                clone3(
-                    &mut batch,
-                    format!("clone3 of thread {}", thread.tid),
-                    THREAD as u64,
-                    0,
-                    thread.tid,
-                );
+                let flags = THREAD & !sharing::thread_flags(&thread.own);
+                let what = format!("clone3 of thread {}", thread.tid);
+                clone3(&mut batch, what, flags as u64, 0, thread.tid);
             }
             let born = self.run_births(process.pid, &batch)?;
             for (thread, tid) in group.iter().zip(born) {

@@ -162,12 +162,28 @@ impl Survey {
     /// The descriptor table of a process.
     pub fn add_process(&mut self, pid: Pid) -> Result<Vec<Descriptor>> {
         let process = pidfd::open(pid).about(pid, "pidfd")?;
+        self.add_table(pid, &process)
+    }
+
+    /// That of a thread which has one of its own.
+    ///
+    /// # Errors
+    /// Refused where the kernel gives no descriptor of a thread (before 6.9).
+    pub fn add_thread(&mut self, tid: Pid) -> Result<Vec<Descriptor>> {
+        let thread = pidfd::open_thread(tid).map_err(|_| {
+            let why = "it is a thread that has one of its own, which this kernel does not let be read (it takes 6.9)";
+            Error::unsupported(tid, "descriptor table", why, "")
+        })?;
+        self.add_table(tid, &thread)
+    }
+
+    fn add_table(&mut self, pid: Pid, process: &OwnedFd) -> Result<Vec<Descriptor>> {
         let mut table = Vec::new();
         for number in proc::fds(pid).about(pid, "descriptors")? {
             let object = || format!("fd {number}");
             let info = proc::fdinfo(pid, number).about(pid, object())?;
             let cloexec = info.flags & libc::O_CLOEXEC != 0;
-            let fd = pidfd::get_fd(&process, number).about(pid, object())?;
+            let fd = pidfd::get_fd(process, number).about(pid, object())?;
             let (held, posix) = locks::collect(pid, number, &info)?;
             let description = self.add(pid, number, info, fd, held)?;
             // Each descriptor of a description shows the same locks.
@@ -270,7 +286,7 @@ pub struct Naming<'a, 'v> {
     pub warnings: Vec<String>,
 }
 
-/// Says of each description what it is. `tables` are the descriptor tables of all processes, init's first.
+/// Says of each description what it is. `tables` are the descriptor tables of all processes, init's first, and of threads.
 pub fn collect(
     survey: &Survey,
     tables: &[(Pid, Vec<Descriptor>)],
@@ -282,7 +298,7 @@ pub fn collect(
     } else {
         Some(unix::survey(naming.init)?)
     };
-    let pids: Vec<Pid> = tables.iter().map(|(pid, _)| *pid).collect();
+    let pids: Vec<Pid> = naming.tasks.members().collect();
     let around = pty::Around {
         init: naming.init,
         tasks: naming.tasks,

@@ -30,6 +30,7 @@ pub mod scheduling;
 pub mod seccomp;
 pub mod settings;
 pub mod shared;
+pub mod sharing;
 pub mod signalfd;
 pub mod signals;
 pub mod tasks;

@@ -18,6 +18,11 @@ impl Tasks {
         }
     }
 
+    /// The living processes.
+    pub fn members(&self) -> impl Iterator<Item = Pid> {
+        self.members.iter().copied()
+    }
+
     /// The container's number for one of its processes, threads or zombies; `None` for any other task.
     pub fn inner(&self, pid: Pid) -> Option<i32> {
         if pid <= 0 {

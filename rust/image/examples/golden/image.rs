@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::path::Path;
 
 use serde::{Deserialize, Serialize};
-use torpor_image::{BlobRef, CONNECTIONS, Committed, Compression, Error, HeaderInfo, PageRun, Writer};
+use torpor_image::{BlobRef, CONNECTIONS, Committed, Compression, Error, HeaderInfo, PageRun, SHARING, Writer};
 
 #[derive(Debug, PartialEq, Serialize, Deserialize)]
 pub struct Metadata {
@@ -66,6 +66,11 @@ pub fn write(dir: &Path) -> Result<Committed, Error> {
 /// The image of version 1.2: what it requires is known only when the header has been written.
 pub fn write_with_connections(dir: &Path) -> Result<Committed, Error> {
     write_requiring(dir, Some(CONNECTIONS))
+}
+
+/// The image of version 1.3.
+pub fn write_with_sharing(dir: &Path) -> Result<Committed, Error> {
+    write_requiring(dir, Some(SHARING))
 }
 
 fn write_requiring(dir: &Path, word: Option<&str>) -> Result<Committed, Error> {

@@ -13,5 +13,6 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     );
     image::write_chain(&std::path::Path::new(&dir).join("v1.1"))?;
     image::write_with_connections(&std::path::Path::new(&dir).join("v1.2"))?;
+    image::write_with_sharing(&std::path::Path::new(&dir).join("v1.3"))?;
     Ok(())
 }
