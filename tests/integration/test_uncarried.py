@@ -22,6 +22,7 @@ KINDS = {
     "pid-namespace": "pid namespace: it has one of its own",
     "pid-for-children": "pid namespace: its children would be born in another one",
     "time-for-children": "time namespace: its children would be born in another one",
+    "vdso": "vdso: the process has changed",
     "traced": "ptrace: it is traced by process",
 }
 

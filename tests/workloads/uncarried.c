@@ -1,6 +1,7 @@
 /* Has the one state that its argument names, which no image carries: a checkpoint is refused, and all must be as before. */
 #include "workload.h"
 #include <sched.h>
+#include <sys/auxv.h>
 #include <sys/ptrace.h>
 
 #define DISPATCH_ON 1
@@ -101,6 +102,10 @@ int main(int argc, char **argv) {
     else if (!strcmp(kind, "traced")) {
         made_with(0);
         MUST(ptrace(PTRACE_SEIZE, child, NULL, NULL));
+    } else if (!strcmp(kind, "vdso")) {
+        int fd = MUST(open("/proc/self/mem", O_RDWR));
+        MUST(pwrite(fd, "\xcc", 1, (off_t)getauxval(AT_SYSINFO_EHDR) + 4000));
+        close(fd);
     } else if (strcmp(kind, "nothing"))
         return 2;
     wl_serve(verify);

@@ -124,15 +124,13 @@ pub fn collect(
         let own = fd_tables.iter().find(|(of, _)| *of == task);
         own.map(|(_, table)| table.clone()).unwrap_or_default()
     };
+    inventory.vdso = vdso::collect(blob)?;
     let mut sources = Vec::new();
     let mut watch = restart::Watch::default();
     let mut landlock = landlock::Watch::new(init, &maps);
     for process in &members {
         let subject = Subject::of(process, &mut advance)?;
         check_namespaces(process.pid, init)?;
-        if process.pid == init {
-            inventory.vdso = vdso::collect(&subject.memory, &subject.vmas)?;
-        }
         let mut ctx = Context {
             frozen,
             init,

@@ -3,7 +3,6 @@
 use std::collections::BTreeSet;
 
 use torpor_sys::Pid;
-use torpor_sys::mem::Memory;
 use torpor_sys::proc::{self, Limits};
 
 use crate::bounds::Bounds;
@@ -22,10 +21,6 @@ pub fn plan(inventory: &Inventory, init: Pid, bounds: &Bounds) -> Result<()> {
     sharing::plan(inventory, &Lineage::of(inventory))?;
     inventory.clocks.as_ref().map_or(Ok(()), clocks::plan)?;
     mounts::plan(&inventory.mounts, init)?;
-    let me = std::process::id() as Pid;
-    let memory = Memory::open(me).about(me, "own memory")?;
-    let own = proc::maps(me).about(me, "own maps")?;
-    vdso::plan(&inventory.vdso, &vdso::collect(&memory, &own)?)?;
     let limits = proc::limits(init).about(init, "limits")?;
     for process in &inventory.processes {
         if let Some(body) = &process.body {

@@ -16,7 +16,7 @@ use crate::error::{About, Result};
 use crate::fill;
 use crate::huge;
 use crate::kinds::memory::Area;
-use crate::kinds::{seccomp, shared, tmpfs};
+use crate::kinds::{seccomp, shared, tmpfs, vdso};
 use crate::model::Inventory;
 use crate::pager::{self, Pager};
 use crate::plan;
@@ -102,7 +102,7 @@ pub fn restore(request: &Request, cancel: &Cancel, on_loaded: &mut dyn FnMut() -
         Ok(image)
     })?;
     let bounds = Bounds::of(&request.spec);
-    let inventory: Inventory = run.stage(Stage::Plan, || {
+    let (inventory, old_vdso) = run.stage(Stage::Plan, || {
         base::check_whole(&image)?;
         let mut inventory: Inventory = image.section("metadata")?;
         if let Some(filter) = &request.filter {
@@ -114,13 +114,17 @@ pub fn restore(request: &Request, cancel: &Cancel, on_loaded: &mut dyn FnMut() -
         plan::plan(&inventory, request.pid, &bounds)?;
         plan::lower(&mut inventory, request.pid, &bounds)?;
         tmpfs::plan(&inventory.tmpfs, &image, request.pid, &bounds, cancel)?;
-        Ok(inventory)
+        let old_vdso = vdso::plan(&mut inventory, &image)?;
+        Ok((inventory, old_vdso))
     })?;
     let (skeleton, objects, shares) = run.stage(Stage::Build, || {
         build::build(&inventory, &image, request.pid, &bounds, request.background, cancel)
     })?;
     let mut warnings = inventory.warnings.clone();
     let (bytes, pager, tracking) = run.stage(Stage::Fill, || {
+        for process in inventory.processes.iter().filter(|p| p.body.is_some()) {
+            old_vdso.rebuild(process.pid, skeleton.site(process.pid)?.memory())?;
+        }
         let waits = |area: &Area| request.background && area.can_wait();
         let bytes = fill::fill(&skeleton, &inventory, &shares, &image, cancel, |area| !waits(area))?;
         let pager = if request.background {

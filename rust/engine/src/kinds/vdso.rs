@@ -1,12 +1,20 @@
-//! The kernel's code page (vdso) and its data pages (vvar): found again by content, moved to where they were.
+//! The kernel's code page (vdso) and its data pages (vvar): found again by content, moved to where they were. Where this
+//! kernel's are others than the image's, see [`old`].
+
+mod entries;
+pub mod old;
 
 use serde::{Deserialize, Serialize};
+use torpor_image::{BlobRef, Reader};
+use torpor_sys::Pid;
 use torpor_sys::mem::Memory;
-use torpor_sys::proc::Vma;
+use torpor_sys::proc::{self, Vma};
 use torpor_sys::remote::Batch;
 use torpor_sys::remote::visit::MARK;
 
+use self::old::{Here, Old};
 use crate::error::{About, Error, Result};
+use crate::model::Inventory;
 
 /// Which kernel's vdso the image was made with.
 #[derive(Debug, Default, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -15,6 +23,15 @@ pub struct State {
     pub parts: Vec<(String, u64)>,
     /// xxh3 of the code.
     pub digest: String,
+    /// The code, for a kernel that has another.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub code: Option<BlobRef>,
+}
+
+impl State {
+    fn is_of(&self, here: &State) -> bool {
+        (&self.parts, &self.digest) == (&here.parts, &here.digest)
+    }
 }
 
 /// True for the mappings that the kernel gives to every process.
@@ -36,16 +53,46 @@ fn code(memory: &Memory, vdso: &Vma) -> Result<Vec<u8>> {
 }
 
 /// What the vdso of a process is. Must be called before the process is visited.
-pub fn collect(memory: &Memory, vmas: &[Vma]) -> Result<State> {
+fn look(memory: &Memory, vmas: &[Vma]) -> Result<(State, Vec<u8>)> {
     let parts: Vec<&Vma> = vmas.iter().filter(|v| is_part(v)).collect();
-    let digest = match parts.iter().find(|v| v.name == "[vdso]") {
-        Some(vdso) => format!("{:016x}", xxhash_rust::xxh3::xxh3_64(&code(memory, vdso)?)),
-        None => String::new(),
+    let code = match parts.iter().find(|v| v.name == "[vdso]") {
+        Some(vdso) => code(memory, vdso)?,
+        None => Vec::new(),
     };
-    Ok(State {
+    let state = State {
         parts: parts.iter().map(|v| (v.name.clone(), v.len())).collect(),
-        digest,
-    })
+        digest: format!("{:016x}", xxhash_rust::xxh3::xxh3_64(&code)),
+        code: None,
+    };
+    Ok((state, code))
+}
+
+fn own() -> Result<(State, Here)> {
+    let me = std::process::id() as Pid;
+    let memory = Memory::open(me).about(me, "own memory")?;
+    let vmas = proc::maps(me).about(me, "own maps")?;
+    let (state, code) = look(&memory, &vmas)?;
+    let first = vmas.iter().find(|v| is_part(v)).map_or(0, |v| v.start);
+    let parts = vmas.iter().filter(|v| is_part(v)).map(|v| (v.start - first, v.len()));
+    let parts = parts.collect();
+    Ok((state, Here { parts, code }))
+}
+
+/// What the kernel gives to every process, with its code stored by `blob`.
+pub fn collect(blob: &mut dyn FnMut(&[u8]) -> Result<BlobRef>) -> Result<State> {
+    let (mut state, here) = own()?;
+    state.code = Some(blob(&here.code)?);
+    Ok(state)
+}
+
+/// # Errors
+/// Refused: a process that has no longer what the kernel gave it. Must be called before the process is visited.
+pub fn check(pid: Pid, memory: &Memory, vmas: &[Vma], kernels: &State) -> Result<()> {
+    if look(memory, vmas)?.0.is_of(kernels) {
+        return Ok(());
+    }
+    let why = "the process has changed, unmapped or split it, which is not carried";
+    Err(Error::unsupported(pid, "vdso", why, ""))
 }
 
 /// The address of a `syscall` instruction in the vdso.
@@ -60,21 +107,25 @@ pub fn syscall_instruction(memory: &Memory, vmas: &[Vma]) -> Result<Option<u64>>
         .map(|at| vdso.start + at as u64))
 }
 
+/// Where this kernel's vdso is another than the image's, prepares the image's processes for both.
+///
 /// # Errors
-/// Refused when this kernel's vdso is another: code addresses inside it may be on the stacks of the image.
-pub fn plan(wanted: &State, here: &State) -> Result<()> {
-    if wanted == here {
-        return Ok(());
+/// Refused when the image does not hold its own.
+pub fn plan(inventory: &mut Inventory, image: &Reader) -> Result<Old> {
+    let (state, here) = own()?;
+    let wanted = &inventory.vdso;
+    if wanted.is_of(&state) {
+        return Ok(Old::default());
     }
-    Err(Error::unsupported(
-        1,
-        "vdso",
-        format!(
-            "the image was made on another kernel (vdso {} here {})",
-            wanted.digest, here.digest
-        ),
-        "restore on the kernel that it was made on",
-    ))
+    let Some(code) = wanted.code else {
+        let why = format!(
+            "the image was made on another kernel (vdso {} here {}) and does not hold that one's",
+            wanted.digest, state.digest
+        );
+        let remedy = "restore on the kernel that it was made on";
+        return Err(Error::unsupported(1, "vdso", why, remedy));
+    };
+    Old::adopt(inventory, &image.blob(code)?, &here)
 }
 
 /// # Errors
