@@ -139,6 +139,7 @@ pub fn collect(
             filters: &mut inventory.objects.seccomp,
             warnings: &mut inventory.warnings,
             watch: &mut watch,
+            vdso: &inventory.vdso,
             landlock: &mut landlock,
             blob,
         };
@@ -335,6 +336,7 @@ struct Context<'a, 'v> {
     filters: &'a mut Vec<seccomp::State>,
     warnings: &'a mut Vec<String>,
     watch: &'a mut restart::Watch,
+    vdso: &'a vdso::State,
     landlock: &'a mut landlock::Watch<'v>,
     blob: &'a mut dyn FnMut(&[u8]) -> Result<BlobRef>,
 }
@@ -400,6 +402,7 @@ impl<'f> Subject<'f> {
     fn body(&self, ctx: &mut Context<'_, '_>) -> Result<(Body, Host)> {
         let pid = self.frozen.pid;
         let before = self.before(ctx.watch)?;
+        vdso::check(pid, &self.memory, &self.vmas, ctx.vdso)?;
         let inner = last(&self.status.ns_tgids);
         let host = Host {
             pid,
