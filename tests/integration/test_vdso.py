@@ -133,9 +133,7 @@ def test_an_image_without_its_vdso_is_refused(stage: Callable[[str], Stage], tmp
     edit(tmp / "image", tmp / "other", without)
     again = play.successor(c)
     again.create()
-    torpor.fails(
-        "restore", "--image-path", tmp / "other", again.id, says="vdso: the image was made on another kernel"
-    )
+    torpor.fails("restore", "--image-path", tmp / "other", again.id, says="vdso: the image was made on another kernel")
     assert again.status == "created"
 
 

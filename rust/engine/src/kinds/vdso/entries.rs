@@ -45,7 +45,9 @@ impl Bytes<'_> {
         let header = headers.into_iter().find(|at| self.u32(*at) == Some(PT_DYNAMIC))?;
         let (start, len) = (self.size(header.checked_add(8)?)?, self.size(header.checked_add(32)?)?);
         let entries = (0..len / 16).map_while(|n| start.checked_add(n * 16));
-        entries.map(|at| Some((self.u64(at)?, self.u64(at.checked_add(8)?)?))).collect()
+        entries
+            .map(|at| Some((self.u64(at)?, self.u64(at.checked_add(8)?)?)))
+            .collect()
     }
 
     fn text(&self, at: usize) -> Option<&str> {

@@ -63,12 +63,21 @@ impl Old {
                 map(body, start, len, at + 1 == kernel.len())?;
             }
             // The code is the last of the parts.
-            let (Some(from), Some(to)) = (kernel.last(), new.last()) else { continue };
+            let (Some(from), Some(to)) = (kernel.last(), new.last()) else {
+                continue;
+            };
             let mut patched = code.to_vec();
             if patched.len() as u64 > from.1 {
                 return Err(Error::nonsense("its vdso is longer than its place"));
             }
-            let skipped = inside(process.pid, body, from.0, code.len() as u64, &functions.0, &mut inventory.warnings)?;
+            let skipped = inside(
+                process.pid,
+                body,
+                from.0,
+                code.len() as u64,
+                &functions.0,
+                &mut inventory.warnings,
+            )?;
             for (name, at) in &functions.0 {
                 let Some(target) = functions.1.get(name).filter(|_| !skipped.contains(name)) else {
                     continue;
@@ -179,7 +188,11 @@ fn map(body: &mut Body, start: u64, len: u64, is_code: bool) -> Result<()> {
     if !is_free || start % PAGE_SIZE != 0 || len % PAGE_SIZE != 0 || len == 0 {
         return Err(nonsense());
     }
-    let prot = if is_code { libc::PROT_READ | libc::PROT_EXEC } else { libc::PROT_READ };
+    let prot = if is_code {
+        libc::PROT_READ | libc::PROT_EXEC
+    } else {
+        libc::PROT_READ
+    };
     areas.insert(
         at,
         Area {
