@@ -103,7 +103,7 @@ def _start(verb: str, args: Sequence[str], stdio: Stdio | None, preserve_fds: in
         if read_end >= 0:
             os.close(read_end)
     try:
-        report = quick_json.loads(line) if line else None
+        report = quick_json.loads(line.decode()) if line else None
     except ValueError:
         report = None
     if not isinstance(report, dict):

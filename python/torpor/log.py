@@ -10,6 +10,8 @@ import os
 import sys
 import time
 
+from . import quick_json
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from .config import Config
@@ -92,9 +94,7 @@ def rfc3339(seconds: float | None = None) -> str:
 
 
 def _append_json(level: str, message: str) -> None:
-    import json
-
-    _append(_log.json_file, json.dumps({"level": level, "msg": message, "time": rfc3339()}) + "\n")
+    _append(_log.json_file, quick_json.dumps({"level": level, "msg": message, "time": rfc3339()}) + "\n")
 
 
 def _append(path: str, text: str) -> None:

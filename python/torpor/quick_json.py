@@ -36,13 +36,13 @@ except Exception:  # another interpreter, or another CPython
     _works = False
 
 
-def loads(text: str | bytes) -> Any:
-    """As json.loads.
+def loads(text: str) -> Any:
+    """As json.loads. Bytes are the caller's to decode: json.loads guesses at encodings, which takes all of the module.
 
     Raises:
         ValueError: it is not JSON.
     """
-    if not _works or not isinstance(text, str):
+    if not _works:
         import json
 
         return json.loads(text)
@@ -68,3 +68,21 @@ def dumps(value: object) -> str:
 
         return json.dumps(value)
     return "".join(_encode(value, 0))
+
+
+def pretty(value: object, margin: str = "") -> str:
+    """As json.dumps with indent=2, for what `dumps` takes. Keys are strings.
+
+    Raises:
+        TypeError: something in it has no JSON form.
+    """
+    inner = margin + "  "
+    if isinstance(value, dict) and value:
+        lines = [f"{dumps(key)}: {pretty(item, inner)}" for key, item in value.items()]
+        begin, end = "{}"
+    elif isinstance(value, list | tuple) and value:
+        lines = [pretty(item, inner) for item in value]
+        begin, end = "[]"
+    else:
+        return dumps(value)
+    return f"{begin}\n{inner}" + f",\n{inner}".join(lines) + f"\n{margin}{end}"

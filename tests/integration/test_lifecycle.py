@@ -139,6 +139,22 @@ def test_create_start_kill_delete(torpor: Torpor, busybox: Callable[..., Path]) 
     torpor.fails("state", c.id, says="does not exist")
 
 
+def test_what_clients_call_most_needs_little_of_python(torpor: Torpor, busybox: Callable[..., Path], tmp: Path) -> None:
+    """No timing: what the commands import while they work is looked at. Each of these costs milliseconds with every command."""
+    bundle, name = busybox(["sleep", "1000"]), new_id()
+    image = tmp / "image"
+    life = (
+        ("create", "--bundle", bundle, name), ("start", name), ("state", name), ("list", "--format=json"), ("ps", "--format=json", name),
+        ("exec", "--detach", name, "true"), ("pause", name), ("resume", name), ("checkpoint", "--image-path", image, name), ("delete", name),
+        ("create", "--bundle", bundle, name), ("restore", "--detach", "--image-path", image, name), ("kill", name, "9"), ("delete", "--force", name),
+    )  # fmt: skip
+    for command in life:
+        said = torpor(*command, stdin=subprocess.DEVNULL, env={"PYTHONPROFILEIMPORTTIME": "1"}).err
+        imported = {line.rpartition("|")[2].strip() for line in said.splitlines() if line.startswith("import time:")}
+        assert "torpor.cli.main" in imported, said
+        assert not imported & {"json", "re", "enum", "importlib", "warnings", "socket", "ctypes", "threading"}, command
+
+
 def test_a_created_container_can_be_deleted(torpor: Torpor, busybox: Callable[..., Path]) -> None:
     c = Container(torpor, busybox(["true"]), new_id()).create()
     torpor("delete", c.id)

@@ -44,8 +44,10 @@ def test_lone_surrogates_of_file_names_survive() -> None:
     assert quick_json.loads(quick_json.dumps([name])) == [name]
 
 
-def test_bytes_are_read_too() -> None:
-    assert quick_json.loads(b' {"a": 1}\n') == {"a": 1}
+@settings(max_examples=50, deadline=None)
+@given(VALUES)
+def test_pretty_is_what_json_writes_with_indent(value: object) -> None:
+    assert quick_json.pretty(value) == json.dumps(value, indent=2)
 
 
 def test_what_has_no_json_form_is_refused() -> None:

@@ -3,9 +3,9 @@
 
 from __future__ import annotations
 
-import json
 import time
 
+from torpor import quick_json
 from torpor.errors import UsageError
 from torpor.flags import BOOL, TEXT, Flag
 
@@ -37,7 +37,7 @@ def execute(config: Config, flags: Parsed) -> int:
 
     def say(kind: str, data: object = None) -> None:
         line = {"type": kind, "id": found.id} | ({"data": data} if data is not None else {})
-        print(json.dumps(line), flush=True)
+        print(quick_json.dumps(line), flush=True)
 
     if flags.on("stats"):
         say("stats", found.stats())

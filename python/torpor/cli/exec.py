@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from torpor import api
+from torpor import api, quick_json
 from torpor.errors import UsageError
 from torpor.flags import BOOL, LIST, NUMBER, TEXT, Flag
 
@@ -84,11 +84,9 @@ def process_object(found: Container, flags: Parsed, command: list[str]) -> dict[
 
 
 def _read_process(path: str) -> dict[str, Any]:
-    import json
-
     try:
         with open(path, encoding="utf-8") as f:
-            process = json.load(f)
+            process = quick_json.loads(f.read())
     except OSError as e:
         raise UsageError(f"cannot read --process {path}: {e.strerror}", code="bad-flag") from None
     except ValueError as e:

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
-import json
-
+from torpor import quick_json
 from torpor.container import as_oci, load_states
 from torpor.errors import UsageError
 from torpor.flags import BOOL, TEXT, Flag
@@ -32,7 +31,7 @@ def execute(config: Config, flags: Parsed) -> int:
             print(state["id"])
         return 0
     if flags.text("format") == "json":
-        print(json.dumps(states))
+        print(quick_json.dumps(states))
     else:
         print_table(_HEAD, [[str(state[name.lower()]) for name in _HEAD] for state in states])
     return 0

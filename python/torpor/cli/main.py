@@ -126,9 +126,10 @@ def load(verb: str) -> ModuleType:
     """
     if verb not in VERBS:
         raise UsageError(f"unknown verb {verb!r}: see `torpor help`", object=verb)
-    from importlib import import_module
-
-    return import_module(f".{verb}", __package__)
+    # importlib.import_module would bring the package importlib, and warnings with it
+    name = f"{__package__}.{verb}"
+    __import__(name)
+    return sys.modules[name]
 
 
 def usage() -> str:

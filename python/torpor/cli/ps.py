@@ -3,8 +3,7 @@ container are shown."""
 
 from __future__ import annotations
 
-import json
-
+from torpor import quick_json
 from torpor.errors import UsageError
 from torpor.flags import TEXT, Flag
 
@@ -29,7 +28,7 @@ def execute(config: Config, flags: Parsed) -> int:
     # runc shows an empty table for what has ended, and its clients ask without knowing.
     pids = [] if found.status == "stopped" else found.processes()
     if flags.text("format") == "json":
-        print(json.dumps(pids))
+        print(quick_json.dumps(pids))
     elif options:
         _ask_ps(pids, options)
     else:

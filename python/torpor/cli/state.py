@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-import json
+from torpor import quick_json
 
 from .common import container, one_id
 
@@ -14,5 +14,5 @@ FLAGS: tuple[Flag, ...] = ()
 
 
 def execute(config: Config, flags: Parsed) -> int:
-    print(json.dumps(container(config, one_id(flags)).state(), indent=2))
+    print(quick_json.pretty(container(config, one_id(flags)).state()))
     return 0

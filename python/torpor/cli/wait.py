@@ -3,8 +3,7 @@ ended before anyone looked, or the kernel is older than 6.15."""
 
 from __future__ import annotations
 
-import json
-
+from torpor import quick_json
 from torpor.errors import UsageError
 from torpor.flags import BOOL, NUMBER, Flag
 
@@ -43,5 +42,5 @@ def execute(config: Config, flags: Parsed) -> int:
         status = found.wait_process(flags.number("rootpid"))
     else:
         status = found.wait()
-    print(json.dumps({"id": found.id, "exitStatus": status}))
+    print(quick_json.dumps({"id": found.id, "exitStatus": status}))
     return 0

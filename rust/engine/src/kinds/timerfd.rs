@@ -14,6 +14,9 @@ use crate::error::{About, Error, Result};
 
 const REALTIME_ALARM: i32 = 8;
 const BOOTTIME_ALARM: i32 = 9;
+/// Nanoseconds that a time of day may be wrong by, and how often that is tried.
+const DUE_WITHIN: u64 = 50_000;
+const DUE_TRIES: u32 = 20;
 
 /// A timer. Times are in nanoseconds.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -85,10 +88,25 @@ pub fn collect(pid: i32, number: i32, info: &FdInfo, fd: &OwnedFd) -> Result<Sta
         return Err(Error::unsupported(pid, object(), why, "try again"));
     }
     if state.is_dated() && state.left > 0 {
-        let now = event::now(libc::CLOCK_REALTIME).about(pid, object())?;
-        state.due = Some(now.saturating_add(state.left));
+        state.due = Some(due(fd).about(pid, object())?);
     }
     Ok(state)
+}
+
+/// The time of day that a running timer expires at. The kernel only tells how long that is from now, so now must be known: it is what the
+/// clock said before, if not much had passed after. On a busy machine that takes more than one try.
+fn due(fd: &OwnedFd) -> torpor_sys::Result<u64> {
+    let mut best = (u64::MAX, 0);
+    for _ in 0..DUE_TRIES {
+        let before = event::now(libc::CLOCK_REALTIME)?;
+        let (left, _) = event::timer_left(fd)?;
+        let took = event::now(libc::CLOCK_REALTIME)?.saturating_sub(before);
+        best = best.min((took, before.saturating_add(left)));
+        if took < DUE_WITHIN {
+            break;
+        }
+    }
+    Ok(best.1)
 }
 
 /// # Errors
