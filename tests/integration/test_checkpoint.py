@@ -410,6 +410,28 @@ UNSUPPORTED = {
         ),
         "processor time of one of several threads",
     ),
+    "data in a unix connection that nobody accepted": (
+        "import socket; l = socket.socket(socket.AF_UNIX); l.bind('\\0x'); l.listen(); a = socket.socket(socket.AF_UNIX); a.connect('\\0x'); a.send(b'hello')",
+        "it waits to be accepted and has sent data",
+    ),
+    "a unix connection that nobody accepted and whose caller is gone": (
+        "import socket; l = socket.socket(socket.AF_UNIX); l.bind('\\0x'); l.listen(); a = socket.socket(socket.AF_UNIX); a.connect('\\0x'); a.close()",
+        "whose caller has closed it",
+    ),
+    "credentials of a process that is gone": (
+        (
+            "import os, socket; a, b = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM); b.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1);"
+            "p = os.fork(); p or (a.send(b'x'), os._exit(0)); os.waitpid(p, 0)"
+        ),
+        "that process has ended",
+    ),
+    "an epoll instance that is only in flight": (
+        (
+            "import array, os, select, socket; a, b = socket.socketpair(socket.AF_UNIX); e = select.epoll(); e.register(a);"
+            "a.sendmsg([b'x'], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array('i', [e.fileno()]))]); e.close()"
+        ),
+        "what waits in fd",
+    ),
     "a netlink socket": ("import socket; s = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, 0)", "netlink"),
     "a key in the session's ring": (_add_key(-3), "session key ring"),
     "a key in the thread's ring": (_add_key(-1), "thread key ring"),
@@ -436,6 +458,10 @@ UNSUPPORTED = {
 
 
 NEVER_CARRIED = {
+    "data in a unix connection that nobody accepted",
+    "a unix connection that nobody accepted and whose caller is gone",
+    "credentials of a process that is gone",
+    "an epoll instance that is only in flight",
     "a key in the session's ring",
     "a key in the thread's ring",
     "a Landlock domain",

@@ -120,6 +120,7 @@ pub fn collect(
     let mut survey = files::Survey::default();
     // All before the first file is opened for a look: a program that watches it would have an event to read.
     let fd_tables = fd_tables(&members, &sharing, &mut survey)?;
+    survey.add_in_flight(init)?;
     let table_of = |task: Pid| {
         let own = fd_tables.iter().find(|(of, _)| *of == task);
         own.map(|(_, table)| table.clone()).unwrap_or_default()

@@ -113,6 +113,15 @@ impl Error {
         self
     }
 
+    /// The same error, with more about where its object is.
+    #[must_use]
+    pub fn within(mut self, place: &str) -> Error {
+        if let Error::Unsupported { object, .. } | Error::Kernel { object, .. } = &mut self {
+            object.insert_str(0, place);
+        }
+        self
+    }
+
     /// A stable word for programs (docs/internals.md §5).
     pub fn code(&self) -> &'static str {
         match self {

@@ -34,3 +34,15 @@ mod vfork;
 pub use checkpoint::checkpoint;
 pub use error::Error;
 pub use restore::restore;
+
+#[cfg(test)]
+mod tests {
+    use std::sync::{Mutex, MutexGuard, PoisonError};
+
+    static ALONE: Mutex<()> = Mutex::new(());
+
+    /// For tests of sockets that are closed: a process that another test forks has them for a moment too.
+    pub(crate) fn alone() -> MutexGuard<'static, ()> {
+        ALONE.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}

@@ -4,12 +4,13 @@ use std::collections::BTreeSet;
 
 use torpor_sys::Pid;
 use torpor_sys::proc::{self, Limits};
+use torpor_sys::socket::message;
 
 use crate::bounds::Bounds;
 use crate::build::Lineage;
 use crate::error::{About, Error, Result};
 use crate::kinds::files::{Descriptor, Object};
-use crate::kinds::{clocks, creds, mounts, scheduling, settings, sharing, timerfd, vdso};
+use crate::kinds::{clocks, creds, mounts, scheduling, settings, sharing, timerfd, unix, vdso};
 use crate::model::{Body, Inventory, Process, Thread};
 
 const CAP_SYS_NICE: u64 = 23;
@@ -108,8 +109,27 @@ fn shape(inventory: &Inventory) -> Result<()> {
             )));
         }
     }
+    for description in &inventory.descriptions {
+        if let Object::Unix(state) = &description.object {
+            in_flight(state, inventory)?;
+        }
+    }
     if inventory.processes.first().is_none_or(|p| p.body.is_none()) {
         return Err(Error::nonsense("it holds no process"));
     }
     Ok(())
+}
+
+/// # Errors
+/// A message that brings what is not there, or more than the kernel lets one bring.
+fn in_flight(state: &unix::State, inventory: &Inventory) -> Result<()> {
+    let is_known = |pid: i32| inventory.processes.iter().any(|p| p.pid == pid && p.body.is_some());
+    let fits = state
+        .queue
+        .iter()
+        .all(|m| m.rights.len() <= message::MOST_RIGHTS && m.credentials.is_none_or(|sender| is_known(sender.pid)));
+    if fits && state.rights().all(|d| d < inventory.descriptions.len()) {
+        return Ok(());
+    }
+    Err(Error::nonsense(format!("what waits in unix socket {}", state.ino)))
 }

@@ -151,6 +151,7 @@ pub fn restore(request: &Request, cancel: &Cancel, on_loaded: &mut dyn FnMut() -
             skeleton.grow_threads(process)?;
         }
         objects.open_pidfds(&skeleton, &inventory)?;
+        objects.deliver(&skeleton, &inventory, &image)?;
         resume(skeleton, objects, &inventory, &image, on_loaded)
     })?;
     let tracker = tracking.and_then(|t| t.hold(&image.digest(), request.pid, &request.tracker, &mut warnings));

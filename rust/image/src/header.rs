@@ -27,8 +27,18 @@ pub const CONNECTIONS: &str = "connections";
 /// Required of the reader of an image of tasks that have in common what processes have apart, or apart what threads have in
 /// common: one that does not know them would make them otherwise.
 pub const SHARING: &str = "sharing";
+/// Required of the reader of an image in whose unix sockets there is more in flight than bytes: open files, credentials,
+/// connections that wait. One that does not know them would leave them out.
+pub const IN_FLIGHT: &str = "in-flight";
 /// The abilities that this reader has, each with the minor version that brought it.
-const KNOWN: [(&str, u16); 5] = [(PARENT, 1), ("lz4", 1), ("zstd", 1), (CONNECTIONS, 2), (SHARING, 3)];
+const KNOWN: [(&str, u16); 6] = [
+    (PARENT, 1),
+    ("lz4", 1),
+    ("zstd", 1),
+    (CONNECTIONS, 2),
+    (SHARING, 3),
+    (IN_FLIGHT, 3),
+];
 
 /// The image that an image goes on from: known by its content, so that another one at the same place is refused.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]

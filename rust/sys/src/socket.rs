@@ -4,6 +4,7 @@
 //! takes data or a pending error away, or changes a flag of it.
 
 pub mod diag;
+pub mod message;
 pub mod options;
 pub mod segment;
 pub mod stall;

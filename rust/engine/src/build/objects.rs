@@ -28,6 +28,8 @@ pub struct Objects {
     pub descriptions: Vec<OwnedFd>,
     /// What is mapped.
     pub files: Files,
+    /// Unix sockets that lack what is in flight.
+    unix: Option<unix::Pending>,
 }
 
 /// Descriptors of ours for what processes map.
@@ -68,6 +70,22 @@ impl Objects {
         }
         Ok(())
     }
+
+    /// Sends what was in flight in unix sockets, when all that it may bring is there.
+    pub fn deliver(&mut self, skeleton: &Skeleton, inventory: &Inventory, image: &Reader) -> Result<()> {
+        let Some(pending) = self.unix.take() else { return Ok(()) };
+        let all = inventory.descriptions.iter().zip(&self.descriptions);
+        let sockets = all
+            .filter(|(d, _)| matches!(d.object, Object::Unix(_)))
+            .map(|(_, fd)| fd);
+        pending.deliver(&unix::Recipients {
+            init: skeleton.init,
+            sockets: sockets.collect(),
+            descriptions: &self.descriptions,
+            pid: &|pid| skeleton.sites.get(&pid).map(|site| site.tid()),
+            blob: &|r| Ok(image.blob(r)?),
+        })
+    }
 }
 
 /// Makes what is mapped, while there is no process but init.
@@ -92,8 +110,12 @@ pub(super) fn rebuild_files(
 
 /// Makes the rest. Those that [`Objects::open_pidfds`] opens are not what they should be yet.
 pub(super) fn rebuild(skeleton: &Skeleton, inventory: &Inventory, image: &Reader, files: Files) -> Result<Objects> {
-    let descriptions = descriptions(skeleton, inventory, image, &files.shared)?;
-    Ok(Objects { descriptions, files })
+    let (descriptions, unix) = descriptions(skeleton, inventory, image, &files.shared)?;
+    Ok(Objects {
+        descriptions,
+        files,
+        unix,
+    })
 }
 
 /// The bytes of a shared object, from the image's page cache into its own.
@@ -146,7 +168,7 @@ fn descriptions(
     inventory: &Inventory,
     image: &Reader,
     shared: &[OwnedFd],
-) -> Result<Vec<OwnedFd>> {
+) -> Result<(Vec<OwnedFd>, Option<unix::Pending>)> {
     let pipes = pipes(skeleton, inventory, image)?;
     let mut paths = named(skeleton, &inventory.descriptions)?.into_iter();
     let mut sockets = Sockets::rebuild(skeleton, &inventory.descriptions, image)?;
@@ -194,7 +216,7 @@ fn descriptions(
         // A container that had a terminal may be restored without one.
         let _ = console::rebuild(terminal, state);
     }
-    Ok(all)
+    Ok((all, sockets.pending))
 }
 
 /// Status flags that are set after the fact. A standard stream belongs to whoever gave it to us.
@@ -308,6 +330,7 @@ fn check_named(file: &OwnedFd, description: &Description, state: &PathState) -> 
 struct Sockets {
     unix: std::vec::IntoIter<OwnedFd>,
     inet: std::vec::IntoIter<OwnedFd>,
+    pending: Option<unix::Pending>,
 }
 
 impl Sockets {
@@ -322,10 +345,11 @@ impl Sockets {
             }
         }
         let blob = |r| Ok(image.blob(r)?);
-        let unix = if unix_states.is_empty() {
-            Vec::new()
+        let (unix, pending) = if unix_states.is_empty() {
+            (Vec::new(), None)
         } else {
-            unix::rebuild(skeleton.init, &unix_states, &blob)?
+            let (made, pending) = unix::rebuild(skeleton.init, &unix_states)?;
+            (made, Some(pending))
         };
         let inet = if inet_states.is_empty() {
             Vec::new()
@@ -335,6 +359,7 @@ impl Sockets {
         Ok(Sockets {
             unix: unix.into_iter(),
             inet: inet.into_iter(),
+            pending,
         })
     }
 }

@@ -1,7 +1,7 @@
 //! Open file descriptions and the descriptors that refer to them.
 
 use std::collections::BTreeMap;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsRawFd, OwnedFd};
 
 use serde::{Deserialize, Serialize};
 use torpor_image::BlobRef;
@@ -96,6 +96,7 @@ impl Object {
     pub fn requires(&self) -> Option<&'static str> {
         match self {
             Object::Inet(state) => state.has_met().then_some(torpor_image::CONNECTIONS),
+            Object::Unix(state) => state.has_cargo().then_some(torpor_image::IN_FLIGHT),
             _ => None,
         }
     }
@@ -135,9 +136,32 @@ struct Found {
     locks: Vec<locks::Lock>,
     /// Bytes of events that wait in an inotify instance.
     events: i32,
+    /// No process has it: it waits in the socket that the holder has at that number.
+    in_flight: bool,
 }
 
 impl Found {
+    /// A process and a number by which the kernel knows it; what is in flight we have ourselves.
+    fn handle(&self) -> (Pid, i32) {
+        match self.in_flight {
+            true => (std::process::id() as Pid, self.fd.as_raw_fd()),
+            false => (self.holder, self.number),
+        }
+    }
+
+    fn socket(&self) -> unix::Holder<'_> {
+        unix::Holder {
+            pid: self.holder,
+            number: self.number,
+            ino: self.id.ino,
+            fd: &self.fd,
+        }
+    }
+
+    fn is_unix(&self) -> bool {
+        self.id.kind() == libc::S_IFSOCK && fd::socket_domain(&self.fd).is_ok_and(|d| d == libc::AF_UNIX)
+    }
+
     fn terminal(&self) -> pty::Candidate<'_> {
         pty::Candidate {
             pid: self.holder,
@@ -156,6 +180,9 @@ pub struct Survey {
     found: Vec<Found>,
     by_key: BTreeMap<(u64, u64, i32, i64), Vec<usize>>,
     locks: BTreeMap<Pid, Vec<locks::Posix>>,
+    /// What waits in unix sockets, by inode number.
+    queues: BTreeMap<u64, Vec<unix::Unread<usize>>>,
+    unix: Option<unix::Survey>,
 }
 
 impl Survey {
@@ -185,7 +212,7 @@ impl Survey {
             let cloexec = info.flags & libc::O_CLOEXEC != 0;
             let fd = pidfd::get_fd(process, number).about(pid, object())?;
             let (held, posix) = locks::collect(pid, number, &info)?;
-            let description = self.add(pid, number, info, fd, held)?;
+            let description = self.add((pid, number), info, fd, held, false)?;
             // Each descriptor of a description shows the same locks.
             if !table.iter().any(|d: &Descriptor| d.description == description) {
                 self.locks.entry(pid).or_default().extend(posix);
@@ -199,31 +226,85 @@ impl Survey {
         Ok(table)
     }
 
-    /// Descriptions are the same when kcmp(2) says so; only those that look alike are compared.
-    fn add(&mut self, pid: Pid, number: i32, mut info: FdInfo, fd: OwnedFd, locks: Vec<locks::Lock>) -> Result<usize> {
-        let object = || format!("fd {number}");
-        info.flags &= !libc::O_CLOEXEC;
-        let id = fd::stat(&fd).about(pid, object())?;
-        let key = (id.dev, id.ino, info.flags, info.pos);
-        for &known in self.by_key.get(&key).into_iter().flatten() {
-            let other = &self.found[known];
-            let order = kcmp::order(other.holder, pid, kcmp::Kind::File, other.number, number);
-            if order.about(pid, object())?.is_eq() {
-                return Ok(known);
+    /// Looks into all unix sockets, and into those that wait in others, and so on.
+    pub fn add_in_flight(&mut self, init: Pid) -> Result<()> {
+        if !self.found.iter().any(Found::is_unix) {
+            return Ok(());
+        }
+        let survey = unix::survey(init)?;
+        loop {
+            let inside = self.sockets();
+            let is_new =
+                |f: &&Found| f.is_unix() && !self.queues.contains_key(&f.id.ino) && survey.concerns(f.id.ino, &inside);
+            let holders: Vec<unix::Holder<'_>> = self.found.iter().filter(is_new).map(Found::socket).collect();
+            if holders.is_empty() {
+                break;
+            }
+            let keys: Vec<(u64, Pid, i32)> = holders.iter().map(|h| (h.ino, h.pid, h.number)).collect();
+            for ((ino, pid, number), unread) in keys.into_iter().zip(unix::look(&survey, &holders)?) {
+                let mut queue = Vec::new();
+                for message in unread {
+                    queue.push(self.add_rights((pid, number), message)?);
+                }
+                self.queues.insert(ino, queue);
             }
         }
-        let link = proc::link(&format!("/proc/{pid}/fd/{number}")).about(pid, object())?;
-        let events = inotify::queued(&link, &fd).about(pid, object())?;
-        self.found.push(Found {
-            holder: pid,
+        self.unix = Some(survey);
+        Ok(())
+    }
+
+    fn add_rights(&mut self, at: (Pid, i32), message: unix::Unread<OwnedFd>) -> Result<unix::Unread<usize>> {
+        let me = std::process::id() as Pid;
+        let mut rights = Vec::new();
+        for fd in message.rights {
+            let object = format!("what waits in fd {}", at.1);
+            let info = proc::fdinfo(me, fd.as_raw_fd()).about(at.0, object)?;
+            let (held, _) = locks::collect(me, fd.as_raw_fd(), &info)?;
+            rights.push(self.add(at, info, fd, held, true)?);
+        }
+        Ok(unix::Unread {
+            data: message.data,
+            from: message.from,
+            rights,
+            credentials: message.credentials,
+        })
+    }
+
+    /// Descriptions are the same when kcmp(2) says so; only those that look alike are compared.
+    fn add(
+        &mut self,
+        (holder, number): (Pid, i32),
+        mut info: FdInfo,
+        fd: OwnedFd,
+        locks: Vec<locks::Lock>,
+        in_flight: bool,
+    ) -> Result<usize> {
+        let object = || format!("fd {number}");
+        info.flags &= !libc::O_CLOEXEC;
+        let id = fd::stat(&fd).about(holder, object())?;
+        let key = (id.dev, id.ino, info.flags, info.pos);
+        let mut found = Found {
+            holder,
             number,
             info,
-            link,
+            link: String::new(),
             id,
             fd,
             locks,
-            events,
-        });
+            events: 0,
+            in_flight,
+        };
+        let (pid, at) = found.handle();
+        for &known in self.by_key.get(&key).into_iter().flatten() {
+            let (other, other_at) = self.found[known].handle();
+            let order = kcmp::order(other, pid, kcmp::Kind::File, other_at, at);
+            if order.about(holder, object())?.is_eq() {
+                return Ok(known);
+            }
+        }
+        found.link = proc::link(&format!("/proc/{pid}/fd/{at}")).about(holder, object())?;
+        found.events = inotify::queued(&found.link, &found.fd).about(holder, object())?;
+        self.found.push(found);
         self.by_key.entry(key).or_default().push(self.found.len() - 1);
         Ok(self.found.len() - 1)
     }
@@ -293,11 +374,6 @@ pub fn collect(
     naming: &mut Naming<'_, '_>,
 ) -> Result<Vec<Description>> {
     let sockets = survey.sockets();
-    let unix = if sockets.is_empty() {
-        None
-    } else {
-        Some(unix::survey(naming.init)?)
-    };
     let pids: Vec<Pid> = naming.tasks.members().collect();
     let around = pty::Around {
         init: naming.init,
@@ -308,41 +384,54 @@ pub fn collect(
     naming.ptys = pty::Survey::of(survey.terminals(), &around)?;
     let connections = inet::connection::survey(naming.init, &survey.streams(), naming.policy)?;
     let mut all = Vec::new();
-    for index in 0..survey.found.len() {
-        let found = &survey.found[index];
-        let own_end = naming.ptys.end(&found.terminal(), naming.init)?;
-        let object = match own_end {
-            Some(end) => Some(Object::Pty(end)),
-            None if outside(survey, found, naming)? => None,
-            None => {
-                let known = Sockets {
-                    unix: unix.as_ref(),
-                    inside: &sockets,
-                    connections: &connections,
-                };
-                object(survey, tables, found, &known, naming)?
-            }
-        };
-        let object = match object {
-            Some(object) => object,
-            None => stdio(survey, tables, index)?.ok_or_else(|| leads_out(found))?,
-        };
-        let mut description = Description {
-            flags: found.info.flags,
-            pos: found.info.pos,
-            locks: found.locks.clone(),
-            told: None,
-            listener: None,
-            object,
-        };
-        match description.object {
-            Object::Stdio { .. } => check_standard(found)?,
-            _ => relations(found, &holders(tables, index), &mut description, naming)?,
-        }
-        all.push(description);
+    let known = Sockets {
+        unix: survey.unix.as_ref(),
+        inside: &sockets,
+        connections: &connections,
+    };
+    for (index, found) in survey.found.iter().enumerate() {
+        let description = describe(survey, tables, index, &known, naming);
+        all.push(match found.in_flight {
+            true => description.map_err(|e| e.within("what waits in "))?,
+            false => description?,
+        });
     }
     naming.hold = connections.into_hold();
     Ok(all)
+}
+
+/// Says of one description what it is.
+fn describe(
+    survey: &Survey,
+    tables: &[(Pid, Vec<Descriptor>)],
+    index: usize,
+    known: &Sockets<'_>,
+    naming: &mut Naming<'_, '_>,
+) -> Result<Description> {
+    let found = &survey.found[index];
+    let own_end = naming.ptys.end(&found.terminal(), naming.init)?;
+    let object = match own_end {
+        Some(end) => Some(Object::Pty(end)),
+        None if outside(survey, found, naming)? => None,
+        None => object(survey, tables, found, known, naming)?,
+    };
+    let object = match object {
+        Some(object) => object,
+        None => stdio(survey, tables, index)?.ok_or_else(|| leads_out(found))?,
+    };
+    let mut description = Description {
+        flags: found.info.flags,
+        pos: found.info.pos,
+        locks: found.locks.clone(),
+        told: None,
+        listener: None,
+        object,
+    };
+    match description.object {
+        Object::Stdio { .. } => check_standard(found)?,
+        _ => relations(found, &holders(tables, index), &mut description, naming)?,
+    }
+    Ok(description)
 }
 
 /// What is known of all sockets before one is looked at.
@@ -493,7 +582,7 @@ fn object(
     match found.id.kind() {
         libc::S_IFREG | libc::S_IFDIR | libc::S_IFCHR | libc::S_IFBLK => path(found, naming).map(Some),
         libc::S_IFIFO => pipe_end(survey, found, naming).map(Some),
-        libc::S_IFSOCK => socket(found, known, naming),
+        libc::S_IFSOCK => socket(found, survey, known, naming),
         _ if found.link == "anon_inode:[eventfd]" => {
             Ok(Some(Object::Eventfd(eventfd::collect(pid, number, &found.info)?)))
         }
@@ -521,7 +610,17 @@ fn object(
                     .into_iter()
                     .any(|d| d.fd == fd && survey.found[d.description].id.ino == ino)
             };
-            Ok(Some(Object::Epoll(epoll::collect(pid, number, &found.info, has)?)))
+            let state = epoll::collect(pid, number, &found.info, has)?;
+            if found.in_flight && !state.watches.is_empty() {
+                let why = "an epoll instance that watches something and that no process has is not carried";
+                return Err(Error::unsupported(
+                    pid,
+                    format!("fd {number}"),
+                    why,
+                    "try again when it has been received",
+                ));
+            }
+            Ok(Some(Object::Epoll(state)))
         }
         _ => {
             let object = format!("fd {number} ({})", found.link);
@@ -536,7 +635,7 @@ fn object(
 }
 
 /// A socket; `None` when it is connected to one outside.
-fn socket(found: &Found, known: &Sockets<'_>, naming: &mut Naming<'_, '_>) -> Result<Option<Object>> {
+fn socket(found: &Found, survey: &Survey, known: &Sockets<'_>, naming: &mut Naming<'_, '_>) -> Result<Option<Object>> {
     let (pid, number) = (found.holder, found.number);
     match fd::socket_domain(&found.fd).about(pid, format!("fd {number}"))? {
         libc::AF_INET | libc::AF_INET6 => {
@@ -546,8 +645,9 @@ fn socket(found: &Found, known: &Sockets<'_>, naming: &mut Naming<'_, '_>) -> Re
             Ok(Some(Object::Inet(Box::new(state))))
         }
         libc::AF_UNIX => {
-            let Some(survey) = known.unix else { return Ok(None) };
-            match unix::collect(pid, number, &found.fd, found.id.ino, survey, known.inside, naming.blob)? {
+            let Some(unix) = known.unix else { return Ok(None) };
+            let queue = unread(found, survey, naming)?;
+            match unix::collect(&found.socket(), unix, known.inside, &queue, naming.blob)? {
                 unix::Found::Inside(state) => {
                     let state = state.renumbered(|owner| naming.maps.inner_owner(owner));
                     Ok(Some(Object::Unix(Box::new(state))))
@@ -558,6 +658,31 @@ fn socket(found: &Found, known: &Sockets<'_>, naming: &mut Naming<'_, '_>) -> Re
         // Refused by name.
         _ => inet::collect(pid, number, &found.fd, known.connections, naming.blob).map(|_| None),
     }
+}
+
+/// What waits in a unix socket, with the senders as the container numbers processes.
+fn unread(found: &Found, survey: &Survey, naming: &Naming<'_, '_>) -> Result<Vec<unix::Unread<usize>>> {
+    let mut queue = Vec::new();
+    for message in survey.queues.get(&found.id.ino).into_iter().flatten() {
+        let mut message = message.clone();
+        if let Some(sender) = &mut message.credentials {
+            let lives = proc::stat(sender.pid).is_ok_and(|s| s.state != 'Z');
+            let Some(pid) = naming.tasks.inner(sender.pid).filter(|_| lives) else {
+                let why =
+                    "a message waits that shows its sender's credentials, and that process has ended or is not saved";
+                let remedy = "try again when it has been received";
+                return Err(Error::unsupported(
+                    found.holder,
+                    format!("fd {}", found.number),
+                    why,
+                    remedy,
+                ));
+            };
+            sender.pid = pid;
+        }
+        queue.push(message);
+    }
+    Ok(queue)
 }
 
 fn pipe_end(survey: &Survey, found: &Found, naming: &mut Naming<'_, '_>) -> Result<Object> {

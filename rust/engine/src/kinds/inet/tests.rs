@@ -164,6 +164,7 @@ fn change_all(fd: &OwnedFd) -> usize {
 
 #[test]
 fn listening_sockets_accept_again() {
+    let _alone = crate::tests::alone();
     let (here, there) = (Container::new(), Container::new());
     for (address, client) in [
         ("127.0.0.1:80", "127.0.0.1:80"),
@@ -200,6 +201,7 @@ fn index_of(container: &Container, device: &str) -> u32 {
 
 #[test]
 fn every_option_that_can_be_set_is_carried() {
+    let _alone = crate::tests::alone();
     let (here, there) = (Container::new(), Container::new());
     for (family, kind) in [
         (libc::AF_INET, libc::SOCK_STREAM),
@@ -228,6 +230,7 @@ fn every_option_that_can_be_set_is_carried() {
 // executes its program, and a port that is held cannot be bound again.
 #[test]
 fn sockets_that_share_a_port() {
+    let _alone = crate::tests::alone();
     let make = |here: &Container, option| {
         let fd = here.run(|| socket::create(libc::AF_INET, libc::SOCK_STREAM, 0).unwrap());
         set(&fd, libc::SOL_SOCKET, option, 1);
@@ -248,6 +251,7 @@ fn sockets_that_share_a_port() {
 
 #[test]
 fn udp_sockets_send_and_receive_again() {
+    let _alone = crate::tests::alone();
     let (here, there) = (Container::new(), Container::new());
     for (a, b) in [("127.0.0.1:7001", "127.0.0.1:7002"), ("[::1]:7001", "[::1]:7002")] {
         let (a, b) = here.run(|| (UdpSocket::bind(a).unwrap(), UdpSocket::bind(b).unwrap()));
@@ -275,6 +279,7 @@ impl Container {
 
 #[test]
 fn multicast_groups() {
+    let _alone = crate::tests::alone();
     let (here, there) = (Container::new(), Container::new());
     let (v4, v6) = here.run(|| {
         (
@@ -309,6 +314,7 @@ fn multicast_groups() {
 
 #[test]
 fn a_connection_that_is_over() {
+    let _alone = crate::tests::alone();
     let (here, there) = (Container::new(), Container::new());
     for address in ["127.0.0.1:95", "[::1]:95"] {
         let listener = here.run(|| TcpListener::bind(address).unwrap());
@@ -343,6 +349,7 @@ fn a_connection_that_is_over() {
 
 #[test]
 fn mptcp_comes_back_as_tcp() {
+    let _alone = crate::tests::alone();
     let (here, there) = (Container::new(), Container::new());
     let Ok(fd) = here.run(|| socket::create(libc::AF_INET, libc::SOCK_STREAM, IPPROTO_MPTCP)) else {
         return;
@@ -362,6 +369,7 @@ fn mptcp_comes_back_as_tcp() {
 
 #[test]
 fn what_is_refused() {
+    let _alone = crate::tests::alone();
     let here = Container::new();
     let make = |family, kind, protocol| here.run(|| socket::create(family, kind, protocol).unwrap());
     assert!(
@@ -393,6 +401,7 @@ fn what_is_refused() {
 
 #[test]
 fn groups_as_the_kernel_lists_them() {
+    let _alone = crate::tests::alone();
     let v4 = "Idx\tDevice    : Count Querier\tGroup    Users Timer\tReporter\n\
         1\tlo        :     1      V3\n\t\t\t\t010000E0     1 0:00000000\t\t0\n\
         2\teth0      :     2      V3\n\t\t\t\tFB0000E0     1 0:00000000\t\t0\n";
@@ -414,6 +423,7 @@ fn connected(here: &Container, address: &str) -> (TcpListener, OwnedFd, OwnedFd)
 
 #[test]
 fn a_connection_is_read_and_goes_on() {
+    let _alone = crate::tests::alone();
     let here = Container::new();
     for address in ["127.0.0.1:97", "[::1]:97"] {
         let (_listener, client, server) = connected(&here, address);
@@ -433,6 +443,7 @@ fn a_connection_is_read_and_goes_on() {
 
 #[test]
 fn a_connection_that_was_left_in_repair_is_put_back() {
+    let _alone = crate::tests::alone();
     let here = Container::new();
     let (_listener, client, server) = connected(&here, "127.0.0.1:98");
     let before = tcp::Before::of(&client).unwrap();
@@ -445,6 +456,7 @@ fn a_connection_that_was_left_in_repair_is_put_back() {
 
 #[test]
 fn what_is_held_arrives_when_the_hold_is_dropped() {
+    let _alone = crate::tests::alone();
     let here = Container::new();
     let (_listener, client, server) = connected(&here, "127.0.0.1:99");
     let hold = Hold::take(here.pid(), [&server].into_iter()).unwrap().unwrap();
@@ -458,6 +470,7 @@ fn what_is_held_arrives_when_the_hold_is_dropped() {
 
 #[test]
 fn a_buried_connection_tells_its_peer_nothing() {
+    let _alone = crate::tests::alone();
     let here = Container::new();
     let (_listener, client, server) = connected(&here, "127.0.0.1:100");
     let hold = Hold::take(here.pid(), [&server].into_iter()).unwrap().unwrap();

@@ -2,6 +2,7 @@
 
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 
+use torpor_sys::socket::message::{self, Credentials};
 use torpor_sys::socket::{self, Address, Place, options};
 use torpor_sys::{fd, tree};
 
@@ -60,13 +61,38 @@ pub(super) fn call(caller: &OwnedFd, called: &OwnedFd, name: &Name) -> Made<()> 
     socket::connect(caller, Some(&to))
 }
 
+/// A message that is to be sent.
+#[derive(Debug)]
+pub(super) struct Letter<'a> {
+    pub(super) data: Vec<u8>,
+    pub(super) rights: Vec<&'a OwnedFd>,
+    /// In our numbers.
+    pub(super) credentials: Option<Credentials>,
+}
+
+impl Letter<'_> {
+    pub(super) fn plain(data: Vec<u8>) -> Self {
+        Letter {
+            data,
+            rights: Vec::new(),
+            credentials: None,
+        }
+    }
+}
+
 /// Sends messages, or the bytes of a stream, with as much room as they need.
-pub(super) fn send_all(from: &OwnedFd, messages: &[Vec<u8>], to: Option<&Address>) -> Made<()> {
-    let before = options::widen(from, messages.iter().map(|m| m.len() + 4096).sum())?;
-    for message in messages {
-        let mut sent = socket::send(from, message, to)?;
-        while sent < message.len() {
-            sent += socket::send(from, &message[sent..], to)?;
+pub(super) fn send_all(from: &OwnedFd, letters: &[Letter<'_>], to: Option<&Address>) -> Made<()> {
+    let before = options::widen(from, letters.iter().map(|l| l.data.len() + 4096).sum())?;
+    for Letter {
+        data,
+        rights,
+        credentials,
+    } in letters
+    {
+        let mut sent = message::send(from, data, to, rights, *credentials)?;
+        while sent < data.len() {
+            // What comes with a message comes with its first bytes.
+            sent += message::send(from, &data[sent..], to, &[], *credentials)?;
         }
     }
     options::narrow(from, before)

@@ -9,6 +9,7 @@ use torpor_sys::socket::diag::{self, UnixSocket};
 use torpor_sys::socket::options::{self, Values};
 use torpor_sys::{Pid, fd, namespace, proc};
 
+use super::queue::{Holder, Unread};
 use super::{File, Kind, Message, Name, Peer, State};
 use crate::error::{About, Error, Result};
 use crate::kinds::paths::View;
@@ -23,6 +24,25 @@ pub struct Survey {
     /// who called, also the end that accepted it (net/unix/af_unix.c, unix_stream_connect).
     widowed: BTreeMap<u64, UnixSocket>,
     view: View,
+}
+
+impl Survey {
+    fn entry(&self, ino: u64) -> Option<&UnixSocket> {
+        self.sockets.get(&ino).or_else(|| self.widowed.get(&ino))
+    }
+
+    /// Whether what waits in a socket is to be looked at: its peer is not outside. `inside` are the inode numbers of the
+    /// container's sockets.
+    pub fn concerns(&self, ino: u64, inside: &BTreeSet<u64>) -> bool {
+        let is_inside = |peer| peer == 0 || inside.contains(&peer);
+        self.entry(ino).is_some_and(|e| e.peer.is_none_or(is_inside))
+    }
+
+    /// Memory of what a peer has sent that is connected to this socket only, as it is to that one.
+    pub(super) fn sent_by_peer(&self, entry: &UnixSocket) -> Option<u32> {
+        let peer = self.sockets.get(&entry.peer?)?;
+        (peer.peer == Some(entry.ino)).then_some(peer.out)
+    }
 }
 
 /// Lists the sockets of the container's network namespace.
@@ -55,122 +75,66 @@ pub(super) struct Subject<'a> {
     pub(super) kind: Kind,
     pub(super) entry: &'a UnixSocket,
     pub(super) object: String,
+    name: Name,
+    /// Of its peer, living or not, when it has one.
+    peer_name: Option<Name>,
 }
 
-/// Looks at a socket. `fd` is our descriptor for the program's own description, `inside` are the inode numbers of
-/// all sockets of the container, `blob` stores bytes in the image.
+/// Looks at a socket. `holder` has our descriptor for the program's own description, `inside` are the inode numbers of
+/// all sockets of the container, `queue` is what [`super::look`] saw, `blob` stores bytes in the image.
 ///
 /// # Errors
-/// Refused: connections that wait to be accepted, descriptors and credentials that wait to be received, urgent
-/// data, packet filters, other network namespaces, and a few states of datagram sockets that nothing can rebuild.
+/// Refused: data of connections that wait to be accepted, urgent data, packet filters, other network namespaces, and a
+/// few states of datagram sockets that nothing can rebuild.
 pub fn collect(
-    pid: Pid,
-    fd_no: i32,
-    fd: &OwnedFd,
-    ino: u64,
+    holder: &Holder<'_>,
     survey: &Survey,
     inside: &BTreeSet<u64>,
+    queue: &[Unread<usize>],
     blob: &mut dyn FnMut(&[u8]) -> Result<BlobRef>,
 ) -> Result<Found> {
-    let name = Name::of(socket::local(fd).about(pid, format!("fd {fd_no}"))?);
-    let object = format!("fd {fd_no}: socket unix:[{ino}] {name}").trim_end().to_owned();
-    let refuse = |why: &str, remedy: &str| Err(Error::unsupported(pid, object.clone(), why, remedy));
-    let peer_name = socket::peer(fd).about(pid, &object)?.map(Name::of);
-    let Some(entry) = survey.sockets.get(&ino).or_else(|| survey.widowed.get(&ino)) else {
-        return if peer_name.is_some() {
-            Ok(Found::Outside)
-        } else {
-            refuse(
-                "it belongs to another network namespace",
-                "close it before the checkpoint",
-            )
-        };
+    let (pid, fd) = (holder.pid, holder.fd);
+    let Some(subject) = Subject::of(holder, survey)? else {
+        return Ok(Found::Outside);
     };
-    let Some(kind) = Kind::of(entry.kind) else {
-        return refuse("its type is not carried", "");
+    let Some(peer) = subject.peer(survey, inside)? else {
+        return Ok(Found::Outside);
     };
-    let peer = match entry.peer {
-        None => Peer::None,
-        Some(0) => match survey.waiting.get(&ino) {
-            Some(listener) if inside.contains(listener) => {
-                return refuse(
-                    "it waits to be accepted, which is not carried yet",
-                    "try again when it has been",
-                );
-            }
-            Some(_) => return Ok(Found::Outside),
-            // It waits at a socket of another network namespace.
-            None if kind != Kind::Datagram && entry.shutdown != 3 => return Ok(Found::Outside),
-            None => Peer::Gone(peer_name.clone().unwrap_or_default()),
-        },
-        Some(other) if inside.contains(&other) => Peer::Socket(other),
-        Some(_) => return Ok(Found::Outside),
-    };
-    let other = match peer {
-        Peer::Socket(ino) => survey.sockets.get(&ino),
-        _ => None,
-    };
-    let is_mutual = other.is_some_and(|o| o.peer == Some(ino));
-    if let Some(other) = other.filter(|o| !is_mutual && o.ino != ino)
-        && (other.peer.is_some() || peer_name.as_ref().is_none_or(Name::is_empty))
-    {
-        return refuse(
-            "its peer has another peer, or has lost it, which is not carried yet",
-            "",
-        );
-    }
-    if !entry.waiting.is_empty() {
-        return refuse(
-            "connections wait to be accepted, which is not carried yet",
-            "try again when they have been",
-        );
-    }
+    subject.check_peer(&peer, survey)?;
+    subject.check_waiting(survey, inside)?;
     if options::has_filter(fd) {
-        return refuse("a packet filter (SO_ATTACH_FILTER) is not carried yet", "");
+        return subject.refuse("a packet filter (SO_ATTACH_FILTER) is not carried yet", "");
     }
-    let id = fd::stat(fd).about(pid, &object)?;
-    let file = if name.is_path() {
-        Some(file(pid, &object, fd, &survey.view)?)
+    let id = fd::stat(fd).about(pid, &subject.object)?;
+    let file = if subject.name.is_path() {
+        Some(file(pid, &subject.object, fd, &survey.view)?)
     } else {
         None
     };
-    let subject = Subject {
-        pid,
-        fd,
-        kind,
-        entry,
-        object,
-    };
     let reset = subject.check_events(&peer)?;
-    let queue = match kind {
-        _ if entry.is_listening => Vec::new(),
-        Kind::Stream => subject.stream()?,
-        _ => subject.messages(other.filter(|_| is_mutual))?,
-    };
-    let strangers = peer != Peer::None && queue.iter().any(|(_, from)| Some(from) != peer_name.as_ref());
-    let unreachable = name.is_empty() && !is_mutual && !matches!(peer, Peer::Gone(_));
-    if kind == Kind::Datagram && !queue.is_empty() && (strangers || unreachable) {
-        let why = "datagrams wait that did not come from its present peer, which is not carried";
-        return subject.refuse(why, "try again when they have been received");
-    }
-    let store = |(data, from): (Vec<u8>, Name)| {
+    subject.check_senders(&peer, survey, queue)?;
+    let store = |unread: &Unread<usize>| {
         Ok(Message {
-            data: blob(&data)?,
-            from,
+            data: blob(&unread.data)?,
+            from: unread.from.clone(),
+            rights: unread.rights.clone(),
+            credentials: unread.credentials,
         })
     };
+    let entry = subject.entry;
     Ok(Found::Inside(Box::new(State {
-        ino,
-        kind,
-        name,
+        ino: holder.ino,
+        kind: subject.kind,
         file,
         backlog: entry.is_listening.then_some(entry.out),
+        waiting: entry.waiting.clone(),
         peer,
-        queue: queue.into_iter().map(store).collect::<Result<_>>()?,
+        queue: queue.iter().map(store).collect::<Result<_>>()?,
         shutdown: entry.shutdown,
         reset,
         owner: (id.mode, id.uid, id.gid),
         options: subject.options().about(pid, &subject.object)?,
+        name: subject.name,
     })))
 }
 
@@ -196,7 +160,122 @@ fn file(pid: Pid, object: &str, fd: &OwnedFd, view: &View) -> Result<File> {
     })
 }
 
-impl Subject<'_> {
+impl<'a> Subject<'a> {
+    /// `None` for an end of a connection to another network namespace.
+    pub(super) fn of(holder: &Holder<'a>, survey: &'a Survey) -> Result<Option<Subject<'a>>> {
+        let Holder { pid, number, ino, fd } = *holder;
+        let name = Name::of(socket::local(fd).about(pid, format!("fd {number}"))?);
+        let object = format!("fd {number}: socket unix:[{ino}] {name}").trim_end().to_owned();
+        let peer_name = socket::peer(fd).about(pid, &object)?.map(Name::of);
+        let refuse = |why: &str, remedy: &str| Err(Error::unsupported(pid, object.clone(), why, remedy));
+        let Some(entry) = survey.entry(ino) else {
+            if peer_name.is_some() {
+                return Ok(None);
+            }
+            return refuse(
+                "it belongs to another network namespace",
+                "close it before the checkpoint",
+            );
+        };
+        let Some(kind) = Kind::of(entry.kind) else {
+            return refuse("its type is not carried", "");
+        };
+        Ok(Some(Subject {
+            pid,
+            fd,
+            kind,
+            entry,
+            object,
+            name,
+            peer_name,
+        }))
+    }
+
+    /// Its other end; `None` when that is outside.
+    fn peer(&self, survey: &Survey, inside: &BTreeSet<u64>) -> Result<Option<Peer>> {
+        let entry = self.entry;
+        Ok(match entry.peer {
+            None => Some(Peer::None),
+            Some(0) => match survey.waiting.get(&entry.ino) {
+                Some(listener) if inside.contains(listener) => {
+                    if entry.out > 0 {
+                        let why = "it waits to be accepted and has sent data, which nobody can look at";
+                        return self.refuse(why, "try again when it has been");
+                    }
+                    Some(Peer::Waiting(*listener))
+                }
+                Some(_) => None,
+                // It waits at a socket of another network namespace.
+                None if self.kind != Kind::Datagram && entry.shutdown != 3 => None,
+                None => Some(Peer::Gone(self.peer_name.clone().unwrap_or_default())),
+            },
+            Some(other) if inside.contains(&other) => Some(Peer::Socket(other)),
+            Some(_) => None,
+        })
+    }
+
+    /// The socket at its other end, and whether it is that one's.
+    fn other<'s>(&self, peer: &Peer, survey: &'s Survey) -> Option<(&'s UnixSocket, bool)> {
+        let Peer::Socket(ino) = peer else { return None };
+        let other = survey.sockets.get(ino)?;
+        Some((other, other.peer == Some(self.entry.ino)))
+    }
+
+    /// # Errors
+    /// Refused: a socket without a name that has had another peer. Nobody can connect to it.
+    fn check_peer(&self, peer: &Peer, survey: &Survey) -> Result<()> {
+        match self.other(peer, survey) {
+            Some((other, false))
+                if other.ino != self.entry.ino && self.peer_name.as_ref().is_none_or(Name::is_empty) =>
+            {
+                self.refuse(
+                    "its peer has lost it and has no name to be reached by, which is not carried",
+                    "",
+                )
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// # Errors
+    /// Refused: connections that wait to be accepted and were made by others, or by who has ended since.
+    fn check_waiting(&self, survey: &Survey, inside: &BTreeSet<u64>) -> Result<()> {
+        let remedy = "try again when it has been";
+        for caller in &self.entry.waiting {
+            if *caller == 0 {
+                let why =
+                    "a connection waits to be accepted whose caller has closed it, and nobody can look at what it sent";
+                return self.refuse(why, remedy);
+            }
+            if !inside.contains(caller) || !survey.sockets.contains_key(caller) {
+                return self.refuse(
+                    "a connection from outside of the container waits to be accepted",
+                    remedy,
+                );
+            }
+        }
+        Ok(())
+    }
+
+    /// # Errors
+    /// Refused: datagrams that nobody can send again to a socket that has no name, or whose peer has none.
+    fn check_senders(&self, peer: &Peer, survey: &Survey, queue: &[Unread<usize>]) -> Result<()> {
+        if self.kind != Kind::Datagram || queue.is_empty() {
+            return Ok(());
+        }
+        let is_mutual = self.other(peer, survey).is_some_and(|(_, mutual)| mutual);
+        let is_tied = is_mutual || matches!(peer, Peer::Gone(_));
+        let peer_is_named = self.peer_name.as_ref().is_some_and(|name| !name.is_empty());
+        // A pair is connected from the first: what others sent has to be there before.
+        let comes_before = !self.name.is_empty() && (!is_tied || peer_is_named);
+        let strangers = queue.iter().any(|m| Some(&m.from) != self.peer_name.as_ref());
+        if comes_before || (is_tied && !strangers) {
+            return Ok(());
+        }
+        let why = "datagrams wait that did not come from its present peer, which is not carried";
+        self.refuse(why, "try again when they have been received")
+    }
+
     pub(super) fn refuse<T>(&self, why: impl Into<String>, remedy: &str) -> Result<T> {
         Err(Error::unsupported(self.pid, self.object.clone(), why, remedy))
     }

@@ -1,7 +1,9 @@
 //! Unix sockets: names, peers, and what waits to be read.
 
+mod ajar;
 mod call;
 mod collect;
+mod deliver;
 mod name;
 mod queue;
 mod rebuild;
@@ -11,10 +13,13 @@ mod tests;
 
 use serde::{Deserialize, Serialize};
 use torpor_image::BlobRef;
+use torpor_sys::socket::message::Credentials;
 use torpor_sys::socket::options::Values;
 
 pub use collect::{Found, Survey, collect, survey};
+pub use deliver::{Pending, Recipients};
 pub use name::Name;
+pub use queue::{Holder, Unread, look};
 pub use rebuild::rebuild;
 
 /// What socket(2) calls the type.
@@ -62,9 +67,11 @@ pub enum Peer {
     Socket(u64),
     /// It had this name and has been closed.
     Gone(Name),
+    /// It has not been made yet: the socket with this inode number is to accept it.
+    Waiting(u64),
 }
 
-/// What one call to send gave; all unread bytes of a stream are one message.
+/// What one call to send gave; the unread bytes of a stream are one message as far as the same came with them.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Message {
     /// The bytes.
@@ -72,6 +79,12 @@ pub struct Message {
     /// The name of the sender.
     #[serde(default, skip_serializing_if = "Name::is_empty")]
     pub from: Name,
+    /// Open files that come with it (SCM_RIGHTS), by index of their descriptions.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub rights: Vec<usize>,
+    /// Who sent it (SCM_CREDENTIALS), in the container's numbers.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub credentials: Option<Credentials>,
 }
 
 /// One socket.
@@ -90,6 +103,9 @@ pub struct State {
     /// How many may wait for accept, when it listens.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub backlog: Option<u32>,
+    /// Who waits to be accepted, by inode number, the first one first.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub waiting: Vec<u64>,
     /// Its other end.
     pub peer: Peer,
     /// What it can read.
@@ -115,10 +131,30 @@ impl State {
             owner: owner(file.owner),
             ..file.clone()
         };
+        let sender = |sender: Credentials| {
+            let (_, uid, gid) = owner((0, sender.uid, sender.gid));
+            Credentials { uid, gid, ..sender }
+        };
+        let message = |message: &Message| Message {
+            credentials: message.credentials.map(sender),
+            ..message.clone()
+        };
         State {
             file: self.file.as_ref().map(file),
             owner: owner(self.owner),
+            queue: self.queue.iter().map(message).collect(),
             ..self.clone()
         }
+    }
+
+    /// There is more in flight than bytes.
+    pub fn has_cargo(&self) -> bool {
+        let has_cargo = |m: &Message| !m.rights.is_empty() || m.credentials.is_some();
+        !self.waiting.is_empty() || matches!(self.peer, Peer::Waiting(_)) || self.queue.iter().any(has_cargo)
+    }
+
+    /// The descriptions that are in flight here.
+    pub fn rights(&self) -> impl Iterator<Item = usize> {
+        self.queue.iter().flat_map(|m| m.rights.iter().copied())
     }
 }

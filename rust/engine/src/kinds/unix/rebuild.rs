@@ -1,36 +1,34 @@
-//! Making sockets again, connected as they were and filled with what was unread.
+//! Making sockets again, with their names, and connected as far as that has to come first.
 
 use std::collections::BTreeMap;
 use std::os::fd::OwnedFd;
 
-use torpor_image::BlobRef;
-use torpor_sys::socket::{self, options};
+use torpor_sys::socket;
 use torpor_sys::{Pid, fd, namespace};
 
-use super::call::{Made, address, bind, call, send_all};
+use super::call::{Made, address, bind, call};
+use super::deliver::{Graph, Pending};
 use super::{File, Kind, Name, Peer, State};
 use crate::error::{About, Error, Result};
 use crate::kinds::creds::IdMaps;
 
 /// Makes the sockets, in the order of `states`. Files are made in the container's mounts, in place of old socket
-/// files of the same path.
-pub fn rebuild(init: Pid, states: &[&State], blob: &dyn Fn(BlobRef) -> Result<Vec<u8>>) -> Result<Vec<OwnedFd>> {
+/// files of the same path. What waits in them is delivered when everything else is there.
+pub fn rebuild(init: Pid, states: &[&State]) -> Result<(Vec<OwnedFd>, Pending)> {
     let index: BTreeMap<u64, usize> = states.iter().enumerate().map(|(i, s)| (s.ino, i)).collect();
     check(states, &index)?;
     let maps = IdMaps::of(init)?;
     let states: Vec<State> = states.iter().map(|s| s.renumbered(|o| maps.outer_owner(o))).collect();
-    let states: &[&State] = &states.iter().collect::<Vec<_>>();
-    let read = |s: &&State| s.queue.iter().map(|m| blob(m.data)).collect::<Result<_>>();
     let root = fd::open(&format!("/proc/{init}/root"), libc::O_PATH | libc::O_DIRECTORY).about(init, "root")?;
+    let graph = Graph { states, index };
     let builder = Builder {
         root,
-        states,
-        index,
-        queues: states.iter().map(read).collect::<Result<_>>()?,
-        made: states.iter().map(|_| None).collect(),
-        gone: states.iter().map(|_| None).collect(),
+        graph: &graph,
+        made: graph.states.iter().map(|_| None).collect(),
+        gone: graph.states.iter().map(|_| None).collect(),
     };
-    namespace::within(init, &["net"], || builder.run()).about(init, "unix sockets")
+    let (made, gone) = namespace::within(init, &["net"], || builder.run()).about(init, "unix sockets")?;
+    Ok((made, Pending { graph, gone }))
 }
 
 /// # Errors
@@ -43,14 +41,24 @@ fn check(states: &[&State], index: &BTreeMap<u64, usize>) -> Result<()> {
         };
         let peer_fits = of_peer.is_none_or(|peer| {
             let fits = |p: &&&State| match state.kind {
-                Kind::Datagram if p.ino == state.ino => !p.name.is_empty(),
-                Kind::Datagram if p.peer == Peer::None => !p.name.is_empty(),
+                Kind::Datagram if p.peer != Peer::Socket(state.ino) || p.ino == state.ino => !p.name.is_empty(),
                 _ => p.peer == Peer::Socket(state.ino) && p.ino != state.ino,
             };
             peer.filter(|p| p.kind == state.kind).filter(fits).is_some()
         });
+        let waits = match state.peer {
+            Peer::Waiting(ino) => index.get(&ino).is_some_and(|i| states[*i].waiting.contains(&state.ino)),
+            _ => true,
+        };
+        let is_called_by = |ino: &u64| {
+            let caller = index.get(ino).map(|i| states[*i]);
+            caller.is_some_and(|c| c.peer == Peer::Waiting(state.ino) && c.kind == state.kind)
+        };
+        let calls_fit = waits
+            && state.waiting.iter().all(is_called_by)
+            && (state.waiting.is_empty() || (state.backlog.is_some() && !state.name.is_empty()));
         let listens = state.backlog.is_none() || (state.kind != Kind::Datagram && state.peer == Peer::None);
-        if !peer_fits || !listens || state.name.is_path() != state.file.is_some() {
+        if !peer_fits || !calls_fit || !listens || state.name.is_path() != state.file.is_some() {
             return Err(Error::nonsense(format!("unix socket {}", state.ino)));
         }
     }
@@ -73,15 +81,13 @@ struct End<'a> {
 struct Builder<'a> {
     /// The container's root directory.
     root: OwnedFd,
-    states: &'a [&'a State],
-    index: BTreeMap<u64, usize>,
-    queues: Vec<Vec<Vec<u8>>>,
+    graph: &'a Graph,
     made: Vec<Option<OwnedFd>>,
-    /// Peers of streams that are to be closed at the end.
+    /// Peers that are to be closed at the end.
     gone: Vec<Option<OwnedFd>>,
 }
 
-fn missing(what: &str) -> torpor_sys::Error {
+pub(super) fn missing(what: &str) -> torpor_sys::Error {
     torpor_sys::Error::Parse {
         file: "unix sockets".into(),
         text: what.into(),
@@ -91,18 +97,14 @@ fn missing(what: &str) -> torpor_sys::Error {
 impl<'a> Builder<'a> {
     /// Runs in the container's network namespace. Connections come before what can be called by name: they need
     /// their names only for a moment, and nobody else is to get in between.
-    fn run(mut self) -> Made<Vec<OwnedFd>> {
-        let all = 0..self.states.len();
+    fn run(mut self) -> Made<(Vec<OwnedFd>, Vec<Option<OwnedFd>>)> {
+        let all = 0..self.graph.states.len();
         all.clone().try_for_each(|i| self.datagram_pair(i))?;
         all.clone().try_for_each(|i| self.stream_pair(i))?;
         all.clone().try_for_each(|i| self.single(i))?;
-        all.clone().try_for_each(|i| self.connect_datagram(i))?;
-        all.clone().try_for_each(|i| self.fill(i))?;
-        all.clone().try_for_each(|i| self.finish(i))?;
-        self.made
-            .into_iter()
-            .map(|m| m.ok_or_else(|| missing("one was not made")))
-            .collect()
+        let made = self.made.into_iter();
+        let made = made.map(|m| m.ok_or_else(|| missing("one was not made")));
+        Ok((made.collect::<Made<_>>()?, self.gone))
     }
 
     fn fd(&self, i: usize) -> Made<&OwnedFd> {
@@ -112,36 +114,22 @@ impl<'a> Builder<'a> {
             .ok_or_else(|| missing("one is needed too early"))
     }
 
-    fn peer(&self, i: usize) -> Option<usize> {
-        match self.states[i].peer {
-            Peer::Socket(ino) => self.index.get(&ino).copied(),
-            _ => None,
-        }
-    }
-
-    fn is_mutual(&self, i: usize) -> bool {
-        self.peer(i).is_some_and(|j| j != i && self.peer(j) == Some(i))
-    }
-
-    /// Datagram sockets that are connected to each other, or to one that is gone.
+    /// Datagram sockets that are connected to each other, or to one that is gone, and to which nobody else has sent.
     fn datagram_pair(&mut self, i: usize) -> Made<()> {
-        let state = self.states[i];
-        if state.kind != Kind::Datagram || self.made[i].is_some() {
+        let state = &self.graph.states[i];
+        if self.made[i].is_some() || !self.graph.is_born_connected(i) {
             return Ok(());
         }
-        match (&state.peer, self.peer(i)) {
-            (Peer::Gone(name), _) => {
-                let (own, other) = socket::pair(libc::SOCK_DGRAM)?;
-                bind(&other, name, None)?;
-                send_all(&other, &self.queues[i], None)?;
-                self.made[i] = Some(own);
+        let (own, other) = socket::pair(libc::SOCK_DGRAM)?;
+        self.made[i] = Some(own);
+        match self.graph.peer(i) {
+            Some(j) => self.made[j] = Some(other),
+            None => {
+                if let Peer::Gone(name) = &state.peer {
+                    bind(&other, name, None)?;
+                }
+                self.gone[i] = Some(other);
             }
-            (_, Some(j)) if self.is_mutual(i) => {
-                let (own, other) = socket::pair(libc::SOCK_DGRAM)?;
-                self.made[i] = Some(own);
-                self.made[j] = Some(other);
-            }
-            _ => {}
         }
         Ok(())
     }
@@ -149,23 +137,18 @@ impl<'a> Builder<'a> {
     /// The two ends of a stream, the one that called first. The other one was made by accept(2), which gave it the
     /// name of the socket that listened.
     fn ends(&self, i: usize) -> Option<(End<'a>, End<'a>)> {
-        let states = self.states;
-        let end = |i: usize| End {
-            index: Some(i),
-            name: &states[i].name,
-            file: states[i].file.as_ref(),
-        };
+        let states = &self.graph.states;
         let (a, b) = match &states[i].peer {
             Peer::Gone(name) => (
-                end(i),
+                self.end(i),
                 End {
                     index: None,
                     name,
                     file: None,
                 },
             ),
-            Peer::Socket(_) => (end(i), end(self.peer(i)?)),
-            Peer::None => return None,
+            Peer::Socket(_) => (self.end(i), self.end(self.graph.peer(i)?)),
+            Peer::None | Peer::Waiting(_) => return None,
         };
         let is_listened_to = |e: End<'_>| states.iter().any(|s| s.backlog.is_some() && s.name == *e.name);
         let a_was_called = b.name.is_empty() || (is_listened_to(a) && !is_listened_to(b));
@@ -173,7 +156,7 @@ impl<'a> Builder<'a> {
     }
 
     fn stream_pair(&mut self, i: usize) -> Made<()> {
-        let kind = self.states[i].kind;
+        let kind = self.graph.states[i].kind;
         if kind == Kind::Datagram || self.made[i].is_some() {
             return Ok(());
         }
@@ -210,95 +193,39 @@ impl<'a> Builder<'a> {
 
     /// Everything that is not the accepted end of a stream has its name by bind(2).
     fn single(&mut self, i: usize) -> Made<()> {
-        let states = self.states;
-        let state = states[i];
+        let state = &self.graph.states[i];
         if state.kind != Kind::Datagram && state.peer != Peer::None {
             return Ok(());
         }
         if self.made[i].is_none() {
             self.made[i] = Some(socket::create(libc::AF_UNIX, state.kind.number(), 0)?);
         }
-        let socket = self.fd(i)?;
-        self.bind(
-            socket,
-            End {
-                index: Some(i),
-                name: &state.name,
-                file: state.file.as_ref(),
-            },
-        )?;
-        match state.backlog {
-            Some(backlog) => socket::listen(socket, backlog),
-            None => Ok(()),
-        }
+        self.bind(self.fd(i)?, self.end(i))?;
+        state.backlog.map_or(Ok(()), |backlog| self.listen(i, backlog))
     }
 
-    fn connect_datagram(&self, i: usize) -> Made<()> {
-        match self
-            .peer(i)
-            .filter(|_| self.states[i].kind == Kind::Datagram && !self.is_mutual(i))
-        {
-            Some(to) => call(self.fd(i)?, self.fd(to)?, &self.states[to].name),
-            None => Ok(()),
+    /// Those that wait call before anybody else can.
+    fn listen(&mut self, i: usize, backlog: u32) -> Made<()> {
+        let state = &self.graph.states[i];
+        let callers = state.waiting.iter().filter_map(|ino| self.graph.index.get(ino));
+        let callers: Vec<usize> = callers.copied().collect();
+        socket::listen(self.fd(i)?, backlog.max(callers.len() as u32))?;
+        for caller in &callers {
+            let socket = socket::create(libc::AF_UNIX, state.kind.number(), 0)?;
+            self.bind(&socket, self.end(*caller))?;
+            let (to, _file) = address(self.fd(i)?, &state.name)?;
+            socket::connect_later(&socket, &to)?;
+            self.made[*caller] = Some(socket);
         }
+        socket::listen(self.fd(i)?, backlog)
     }
 
-    /// Sends what a socket has not read yet.
-    fn fill(&self, i: usize) -> Made<()> {
-        let state = self.states[i];
-        let queue = &self.queues[i];
-        if queue.is_empty() || (state.kind == Kind::Datagram && matches!(state.peer, Peer::Gone(_))) {
-            return Ok(());
+    fn end(&self, i: usize) -> End<'a> {
+        let state = &self.graph.states[i];
+        End {
+            index: Some(i),
+            name: &state.name,
+            file: state.file.as_ref(),
         }
-        if state.kind != Kind::Datagram || self.is_mutual(i) {
-            let from = match self.peer(i) {
-                Some(j) => self.fd(j)?,
-                None => self.gone[i]
-                    .as_ref()
-                    .ok_or_else(|| missing("nobody can have sent its data"))?,
-            };
-            return send_all(from, queue, None);
-        }
-        let (to, _file) = address(self.fd(i)?, &state.name)?;
-        let mut strangers: Vec<(&Name, OwnedFd)> = Vec::new();
-        for (data, message) in queue.iter().zip(&state.queue) {
-            let known = self.peer(i).or_else(|| {
-                self.states
-                    .iter()
-                    .position(|s| s.kind == Kind::Datagram && s.name == message.from && !s.name.is_empty())
-            });
-            if known.is_none() && !strangers.iter().any(|(name, _)| **name == message.from) {
-                let stranger = socket::create(libc::AF_UNIX, libc::SOCK_DGRAM, 0)?;
-                bind(&stranger, &message.from, None)?;
-                strangers.push((&message.from, stranger));
-            }
-            let from = match known {
-                Some(j) => self.fd(j)?,
-                None => strangers
-                    .iter()
-                    .find_map(|(name, socket)| (**name == message.from).then_some(socket))
-                    .ok_or_else(|| missing("a sender"))?,
-            };
-            send_all(from, std::slice::from_ref(data), Some(&to))?;
-        }
-        Ok(())
-    }
-
-    fn finish(&mut self, i: usize) -> Made<()> {
-        let state = self.states[i];
-        let socket = self.fd(i)?;
-        if state.reset && self.gone[i].is_some() {
-            // What it has not read makes its end a reset.
-            send_all(socket, &[vec![0]], None)?;
-        }
-        socket::shutdown(socket, state.shutdown)?;
-        let id = fd::stat(socket)?;
-        let (mode, uid, gid) = state.owner;
-        if (id.mode, id.uid, id.gid) != state.owner {
-            fd::set_owner(socket, mode, uid, gid)?;
-        }
-        options::apply(socket, &state.options)?;
-        self.gone[i] = None;
-        Ok(())
     }
 }

@@ -8,6 +8,7 @@ use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::{SocketAddr, UnixDatagram, UnixListener, UnixStream};
 use std::path::PathBuf;
 
+use torpor_sys::socket::message::{self, Credentials};
 use torpor_sys::socket::{self, Address, Place, options};
 use torpor_sys::{Pid, fd, proc};
 
@@ -16,8 +17,11 @@ use super::*;
 use crate::error::Result;
 
 /// An image of a few sockets of this very process.
+#[derive(Default)]
 struct Image {
     blobs: RefCell<Vec<Vec<u8>>>,
+    /// Open files in flight.
+    cargo: RefCell<Vec<OwnedFd>>,
     states: Vec<State>,
 }
 
@@ -25,25 +29,49 @@ fn me() -> Pid {
     std::process::id() as Pid
 }
 
-fn find(fd: &OwnedFd, inside: &[&OwnedFd], blobs: &RefCell<Vec<Vec<u8>>>) -> Result<Found> {
-    let inside = inside.iter().map(|f| fd::stat(*f).unwrap().ino).collect();
+fn find(fd: &OwnedFd, inside: &[&OwnedFd], image: &Image) -> Result<Found> {
+    let inside: BTreeSet<u64> = inside.iter().map(|f| fd::stat(*f).unwrap().ino).collect();
     let mut store = |bytes: &[u8]| {
-        blobs.borrow_mut().push(bytes.to_vec());
+        image.blobs.borrow_mut().push(bytes.to_vec());
         Ok(BlobRef {
-            offset: blobs.borrow().len() as u64 - 1,
+            offset: image.blobs.borrow().len() as u64 - 1,
             len: bytes.len() as u64,
         })
     };
-    let ino = fd::stat(fd).unwrap().ino;
-    collect(me(), fd.as_raw_fd(), fd, ino, &survey(me())?, &inside, &mut store)
+    let survey = survey(me())?;
+    let holder = Holder {
+        pid: me(),
+        number: fd.as_raw_fd(),
+        ino: fd::stat(fd).unwrap().ino,
+        fd,
+    };
+    let queue = if survey.concerns(holder.ino, &inside) {
+        look(&survey, &[holder])?.remove(0)
+    } else {
+        Vec::new()
+    };
+    let keep = |m: Unread<OwnedFd>| {
+        let keep = |fd| {
+            image.cargo.borrow_mut().push(fd);
+            image.cargo.borrow().len() - 1
+        };
+        Unread {
+            data: m.data,
+            from: m.from,
+            rights: m.rights.into_iter().map(keep).collect(),
+            credentials: m.credentials,
+        }
+    };
+    let queue: Vec<Unread<usize>> = queue.into_iter().map(keep).collect();
+    collect(&holder, &survey, &inside, &queue, &mut store)
 }
 
 fn save(fds: &[&OwnedFd]) -> Image {
-    let blobs = RefCell::default();
+    let image = Image::default();
     let save = |fd: &&OwnedFd| {
         let before = all_options(fd);
         let flags = fd::fcntl(fd, libc::F_GETFL, 0).unwrap();
-        let Found::Inside(state) = find(fd, fds, &blobs).unwrap() else {
+        let Found::Inside(state) = find(fd, fds, &image).unwrap() else {
             panic!("outside")
         };
         assert_eq!(before, all_options(fd), "collect left no trace");
@@ -54,16 +82,23 @@ fn save(fds: &[&OwnedFd]) -> Image {
     let json = serde_json::to_string(&states).unwrap();
     Image {
         states: serde_json::from_str(&json).unwrap(),
-        blobs,
+        ..image
     }
 }
 
 fn load(image: &Image) -> Vec<OwnedFd> {
     let states: Vec<&State> = image.states.iter().collect();
-    rebuild(me(), &states, &|blob| {
-        Ok(image.blobs.borrow()[blob.offset as usize].clone())
-    })
-    .unwrap()
+    let (made, pending) = rebuild(me(), &states).unwrap();
+    pending
+        .deliver(&Recipients {
+            init: me(),
+            sockets: made.iter().collect(),
+            descriptions: &image.cargo.borrow(),
+            pid: &Some,
+            blob: &|blob| Ok(image.blobs.borrow()[blob.offset as usize].clone()),
+        })
+        .unwrap();
+    made
 }
 
 /// Saves, closes and rebuilds; what is rebuilt has the same options and would be saved the same again.
@@ -86,9 +121,10 @@ fn cycle<const N: usize>(fds: [OwnedFd; N]) -> [OwnedFd; N] {
             // The file of the socket that listened, which nobody sees.
             old.file.clone_from(&new.file);
         }
-        if let Peer::Socket(ino) = &mut old.peer {
+        if let Peer::Socket(ino) | Peer::Waiting(ino) = &mut old.peer {
             *ino = inos[ino];
         }
+        old.waiting.iter_mut().for_each(|ino| *ino = inos[ino]);
         assert_eq!(format!("{old:?}"), format!("{new:?}"));
     }
     assert_eq!(image.blobs, again.blobs);
@@ -133,7 +169,7 @@ fn abstract_name(name: &str) -> SocketAddr {
 }
 
 fn refusal(fd: &OwnedFd, inside: &[&OwnedFd]) -> String {
-    match find(fd, inside, &RefCell::default()) {
+    match find(fd, inside, &Image::default()) {
         Err(e) => e.to_string(),
         Ok(found) => panic!("not refused: {found:?}"),
     }
@@ -148,6 +184,7 @@ fn read_all(mut stream: &UnixStream) -> Vec<u8> {
 
 #[test]
 fn a_stream_pair_keeps_what_is_unread_and_the_original_goes_on() {
+    let _alone = crate::tests::alone();
     let (mut a, mut b) = UnixStream::pair().unwrap();
     a.write_all(&[7; 100_000]).unwrap();
     a.write_all(b"end").unwrap();
@@ -167,6 +204,7 @@ fn a_stream_pair_keeps_what_is_unread_and_the_original_goes_on() {
 
 #[test]
 fn half_closed_pairs() {
+    let _alone = crate::tests::alone();
     let (mut a, b) = UnixStream::pair().unwrap();
     a.write_all(b"last words").unwrap();
     a.shutdown(std::net::Shutdown::Write).unwrap();
@@ -180,6 +218,7 @@ fn half_closed_pairs() {
 
 #[test]
 fn a_peer_that_is_gone_with_and_without_a_reset() {
+    let _alone = crate::tests::alone();
     for unread in [false, true] {
         for kind in [libc::SOCK_STREAM, libc::SOCK_SEQPACKET] {
             let (a, b) = socket::pair(kind).unwrap();
@@ -206,6 +245,7 @@ fn a_peer_that_is_gone_with_and_without_a_reset() {
 
 #[test]
 fn seqpacket_keeps_messages_apart() {
+    let _alone = crate::tests::alone();
     let (a, b) = socket::pair(libc::SOCK_SEQPACKET).unwrap();
     for message in [&b"one"[..], b"two", &[9; 70_000]] {
         socket::send(&a, message, None).unwrap();
@@ -220,6 +260,7 @@ fn seqpacket_keeps_messages_apart() {
 
 #[test]
 fn empty_messages_are_kept_and_never_lost_in_silence() {
+    let _alone = crate::tests::alone();
     for kind in [libc::SOCK_SEQPACKET, libc::SOCK_DGRAM] {
         let (a, b) = socket::pair(kind).unwrap();
         for message in [&b"one"[..], b"", b"", b"two", b""] {
@@ -235,6 +276,7 @@ fn empty_messages_are_kept_and_never_lost_in_silence() {
 
 #[test]
 fn datagram_pairs_hold_more_than_a_queue_of_strangers_may() {
+    let _alone = crate::tests::alone();
     let (a, b) = UnixDatagram::pair().unwrap();
     let before = options::widen(&a, 1 << 20).unwrap();
     for i in 0..100 {
@@ -256,6 +298,7 @@ fn datagram_pairs_hold_more_than_a_queue_of_strangers_may() {
 
 #[test]
 fn a_listening_socket_comes_back_with_its_file() {
+    let _alone = crate::tests::alone();
     let dir = Temp::new("listen");
     let path = dir.join("socket");
     let listener = UnixListener::bind(&path).unwrap();
@@ -266,7 +309,7 @@ fn a_listening_socket_comes_back_with_its_file() {
     let id = fd::stat_path(path.to_str().unwrap()).unwrap();
     assert_eq!((id.mode, id.uid, id.gid), (libc::S_IFSOCK | 0o620, 12, 34));
     let _client = UnixStream::connect(&path).unwrap();
-    assert!(refusal(&listener, &[&listener]).contains("wait to be accepted"));
+    assert!(refusal(&listener, &[&listener]).contains("from outside of the container waits to be accepted"));
     UnixListener::from(listener).accept().unwrap();
     let left: Vec<_> = std::fs::read_dir(&dir.0)
         .unwrap()
@@ -277,6 +320,7 @@ fn a_listening_socket_comes_back_with_its_file() {
 
 #[test]
 fn files_are_those_of_the_container() {
+    let _alone = crate::tests::alone();
     let containers = [(); 2].map(|()| {
         let script = "mount -t tmpfs none /mnt && mkdir /mnt/dir && echo ready && exec sleep 600";
         let mut command = std::process::Command::new("unshare");
@@ -300,15 +344,14 @@ fn files_are_those_of_the_container() {
     socket::listen(&listener, 5).unwrap();
     let ino = fd::stat(&listener).unwrap().ino;
     let look = |pid| {
-        collect(
+        let holder = Holder {
             pid,
-            3,
-            &listener,
+            number: 3,
             ino,
-            &survey(pid).unwrap(),
-            &BTreeSet::new(),
-            &mut |_| unreachable!(),
-        )
+            fd: &listener,
+        };
+        let store = &mut |_: &[u8]| unreachable!();
+        collect(&holder, &survey(pid).unwrap(), &BTreeSet::new(), &[], store)
     };
     let Found::Inside(state) = look(here).unwrap() else {
         panic!("outside")
@@ -320,7 +363,7 @@ fn files_are_those_of_the_container() {
             .to_string()
             .contains("outside of the container")
     );
-    let made = rebuild(there, &[&state], &|_| Ok(Vec::new())).unwrap().remove(0);
+    let made = rebuild(there, &[&state]).unwrap().0.remove(0);
     let _client = UnixStream::connect(format!("/proc/{there}/root/mnt/dir/socket")).unwrap();
     assert_eq!(
         UnixListener::from(made).local_addr().unwrap().as_pathname(),
@@ -335,6 +378,7 @@ fn files_are_those_of_the_container() {
 
 #[test]
 fn only_socket_files_are_replaced() {
+    let _alone = crate::tests::alone();
     let dir = Temp::new("replace");
     let path = dir.join("socket");
     let listener: OwnedFd = UnixListener::bind(&path).unwrap().into();
@@ -342,13 +386,14 @@ fn only_socket_files_are_replaced() {
     std::fs::remove_file(&path).unwrap();
     std::fs::write(&path, "a file").unwrap();
     let states: Vec<&State> = image.states.iter().collect();
-    let error = rebuild(me(), &states, &|_| Ok(Vec::new())).unwrap_err().to_string();
+    let error = rebuild(me(), &states).unwrap_err().to_string();
     assert!(error.contains("in use"), "{error}");
     assert_eq!(std::fs::read(&path).unwrap(), b"a file");
 }
 
 #[test]
 fn names_that_lead_nowhere_or_elsewhere() {
+    let _alone = crate::tests::alone();
     let dir = Temp::new("names");
     let (removed, odd, moved) = (dir.join("removed"), dir.join("odd"), dir.join("moved"));
     let a = UnixListener::bind(&removed).unwrap();
@@ -382,6 +427,7 @@ fn names_that_lead_nowhere_or_elsewhere() {
 
 #[test]
 fn accepted_connections_keep_all_names() {
+    let _alone = crate::tests::alone();
     let dir = Temp::new("accept");
     let path = dir.join("socket");
     for address in [SocketAddr::from_pathname(&path).unwrap(), abstract_name("accept")] {
@@ -429,6 +475,7 @@ fn accepted_connections_keep_all_names() {
 
 #[test]
 fn datagrams_remember_their_senders() {
+    let _alone = crate::tests::alone();
     let dir = Temp::new("datagrams");
     let path = dir.join("server");
     let server = UnixDatagram::bind(&path).unwrap();
@@ -470,6 +517,7 @@ fn datagrams_remember_their_senders() {
 
 #[test]
 fn options_of_every_form() {
+    let _alone = crate::tests::alone();
     let (a, b) = UnixStream::pair().unwrap();
     a.set_read_timeout(Some(std::time::Duration::from_millis(1500)))
         .unwrap();
@@ -497,6 +545,7 @@ fn options_of_every_form() {
 
 #[test]
 fn peek_offset_of_the_program_is_put_back() {
+    let _alone = crate::tests::alone();
     let (a, b) = UnixDatagram::pair().unwrap();
     a.send(b"one").unwrap();
     a.send(b"two").unwrap();
@@ -504,56 +553,198 @@ fn peek_offset_of_the_program_is_put_back() {
     options::set_int(&b, libc::SO_PEEK_OFF, 3, "test").unwrap();
     let [_a, b] = cycle([a, b]);
     let mut room = [0; 8];
-    assert_eq!(socket::peek(&b, &mut room).unwrap().unwrap().len, 3);
+    assert_eq!(message::look(&b, &mut room).unwrap().unwrap().len, 3);
     assert_eq!(&room[..3], b"two");
 }
 
 #[test]
 fn what_is_outside() {
+    let _alone = crate::tests::alone();
     let (a, b) = UnixStream::pair().unwrap();
     let (a, b): (OwnedFd, OwnedFd) = (a.into(), b.into());
-    assert!(matches!(find(&a, &[&a], &RefCell::default()), Ok(Found::Outside)));
-    assert!(matches!(find(&a, &[&a, &b], &RefCell::default()), Ok(Found::Inside(_))));
+    assert!(matches!(find(&a, &[&a], &Image::default()), Ok(Found::Outside)));
+    assert!(matches!(find(&a, &[&a, &b], &Image::default()), Ok(Found::Inside(_))));
     let name = abstract_name("outside");
     let listener: OwnedFd = UnixListener::bind_addr(&name).unwrap().into();
     let client: OwnedFd = UnixStream::connect_addr(&name).unwrap().into();
     assert!(matches!(
-        find(&client, &[&client], &RefCell::default()),
+        find(&client, &[&client], &Image::default()),
         Ok(Found::Outside)
     ));
-    assert!(refusal(&client, &[&client, &listener]).contains("waits to be accepted"));
+    assert!(matches!(
+        find(&client, &[&client, &listener], &Image::default()),
+        Ok(Found::Inside(_))
+    ));
+    socket::send(&client, b"hello", None).unwrap();
+    let why = "waits to be accepted and has sent data";
+    assert!(refusal(&client, &[&client, &listener]).contains(why));
+    drop(client);
+    assert!(refusal(&listener, &[&listener]).contains("whose caller has closed it"));
+}
+
+fn peer(fd: &OwnedFd) -> (usize, OwnedFd) {
+    let mut room = [0; 64];
+    let seen = message::look(fd, &mut room).unwrap().unwrap();
+    let mut rights = seen.rights;
+    assert_eq!(rights.len(), 1, "one descriptor came");
+    (seen.len, rights.remove(0))
 }
 
 #[test]
-fn what_is_refused() {
+fn open_files_in_flight_arrive_with_their_bytes() {
+    let _alone = crate::tests::alone();
     for kind in [libc::SOCK_STREAM, libc::SOCK_DGRAM, libc::SOCK_SEQPACKET] {
         let (a, b) = socket::pair(kind).unwrap();
-        socket::send(&a, b"plain", None).unwrap();
-        fd::send_fds(&a, &[&a]).unwrap();
-        assert!(refusal(&b, &[&a, &b]).contains("descriptors or credentials"));
+        let (reader, writer) = fd::pipe().unwrap();
+        socket::send(&a, b"before", None).unwrap();
+        message::send(&a, b"brings", None, &[&reader], None).unwrap();
+        message::send(&a, b"both", None, &[&writer, &a], None).unwrap();
+        socket::send(&a, b"after", None).unwrap();
         let link = |fd: i32| proc::link(&format!("/proc/self/fd/{fd}")).ok();
-        let copies = proc::fds(me())
-            .unwrap()
-            .into_iter()
-            .filter(|fd| link(*fd) == link(a.as_raw_fd()))
-            .count();
-        assert_eq!(copies, 1, "no descriptor was received");
-        let (a, b) = socket::pair(kind).unwrap();
-        options::set_int(&b, libc::SO_PASSCRED, 1, "test").unwrap();
-        socket::send(&a, b"x", None).unwrap();
-        assert!(refusal(&b, &[&a, &b]).contains("descriptors or credentials"));
+        let count = || {
+            let all = proc::fds(me()).unwrap().into_iter();
+            all.filter(|fd| link(*fd) == link(reader.as_raw_fd())).count()
+        };
+        let image = save(&[&a, &b]);
+        let brought: Vec<usize> = image.states[1].queue.iter().map(|m| m.rights.len()).collect();
+        assert_eq!(brought, [0, 1, 2, 0]);
+        assert_eq!(count(), 4, "two are ours, two were received for the look");
+        drop(image);
+        assert_eq!(count(), 2, "what was received for the look is closed");
+        let [_a, b] = cycle([a, b]);
+        let mut room = [0; 16];
+        let got = |room: &mut [u8]| {
+            let fds = socket::message::look(&b, room).unwrap().unwrap().rights;
+            let len = UnixStream::from(b.try_clone().unwrap()).read(room).unwrap();
+            (len, fds)
+        };
+        // A look at a stream shows the files that come next however little is read.
+        assert_eq!(got(&mut room[..6]).0, 6);
+        let (len, first) = got(&mut room);
+        assert_eq!((len, first.len()), (6, 1));
+        let (len, second) = got(&mut room);
+        assert_eq!((len, second.len()), (4, 2));
+        std::fs::File::from(second.into_iter().next().unwrap())
+            .write_all(b"through")
+            .unwrap();
+        let mut text = [0; 7];
+        std::fs::File::from(first.into_iter().next().unwrap())
+            .read_exact(&mut text)
+            .unwrap();
+        assert_eq!(&text, b"through");
+        assert_eq!(got(&mut room).0, 5);
     }
 }
 
 #[test]
+fn who_sent_a_message_is_kept_and_who_did_not_say_too() {
+    let _alone = crate::tests::alone();
+    for kind in [libc::SOCK_STREAM, libc::SOCK_DGRAM, libc::SOCK_SEQPACKET] {
+        let (a, b) = socket::pair(kind).unwrap();
+        socket::send(&a, b"nobody", None).unwrap();
+        let sender = |uid| {
+            Some(Credentials {
+                pid: me(),
+                uid,
+                gid: uid + 1,
+            })
+        };
+        message::send(&a, b"one", None, &[], sender(12)).unwrap();
+        message::send(&a, b"two", None, &[], sender(34)).unwrap();
+        options::set_int(&b, libc::SO_PASSCRED, 1, "test").unwrap();
+        socket::send(&a, b"myself", None).unwrap();
+        let image = save(&[&a, &b]);
+        let found: Vec<_> = image.states[1].queue.iter().map(|m| m.credentials).collect();
+        let myself = Some(Credentials {
+            pid: me(),
+            uid: 0,
+            gid: 0,
+        });
+        assert_eq!(found, [None, sender(12), sender(34), myself]);
+        cycle([a, b]);
+    }
+}
+
+#[test]
+fn a_socket_in_its_own_queue() {
+    let _alone = crate::tests::alone();
+    let (a, b) = socket::pair(libc::SOCK_STREAM).unwrap();
+    message::send(&a, b"x", None, &[&b], None).unwrap();
+    let [_a, b] = cycle([a, b]);
+    let (len, inner) = peer(&b);
+    assert_eq!(len, 1);
+    // In this test the image holds the old socket, which has the byte in it.
+    assert_eq!(socket::incoming(&inner).unwrap(), 1);
+}
+
+#[test]
+fn who_waits_to_be_accepted_waits_again() {
+    let _alone = crate::tests::alone();
+    let dir = Temp::new("backlog");
+    let path = dir.join("socket");
+    for address in [SocketAddr::from_pathname(&path).unwrap(), abstract_name("backlog")] {
+        let listener = UnixListener::bind_addr(&address).unwrap();
+        let clients = [0, 1, 2].map(|_| UnixStream::connect_addr(&address).unwrap());
+        clients[1].shutdown(std::net::Shutdown::Write).unwrap();
+        let [c0, c1, c2] = clients.map(OwnedFd::from);
+        let [c2, c0, listener, c1] = cycle([c2, c0, listener.into(), c1]);
+        let listener = UnixListener::from(listener);
+        for (at, client) in [c0, c1, c2].into_iter().map(UnixStream::from).enumerate() {
+            let (served, _) = listener.accept().unwrap();
+            if at == 1 {
+                assert_eq!(read_all(&served), b"");
+            } else {
+                (&client).write_all(&[at as u8]).unwrap();
+                assert_eq!(read_all(&served), [at as u8]);
+            }
+            (&served).write_all(b"welcome").unwrap();
+            assert_eq!(read_all(&client), b"welcome");
+        }
+        drop(listener);
+        let _ = std::fs::remove_file(&path);
+    }
+}
+
+#[test]
+fn datagrams_that_came_before_the_peer_did() {
+    let _alone = crate::tests::alone();
+    let names = ["first", "second", "third"].map(abstract_name);
+    let [a, b, c] = names.each_ref().map(|n| UnixDatagram::bind_addr(n).unwrap());
+    let nameless = UnixDatagram::unbound().unwrap();
+    nameless.send_to_addr(b"from nobody", &names[1]).unwrap();
+    a.connect_addr(&names[1]).unwrap();
+    c.send_to_addr(b"from c", &names[1]).unwrap();
+    a.send(b"from a").unwrap();
+    // From here on b takes nothing but from c, and c is told by nobody but b.
+    b.connect_addr(&names[2]).unwrap();
+    c.connect_addr(&names[1]).unwrap();
+    b.send(b"from b").unwrap();
+    let [b, a, c] = cycle([b.into(), a.into(), c.into()]).map(UnixDatagram::from);
+    let mut room = [0; 64];
+    for (text, from) in [
+        ("from nobody", None),
+        ("from c", Some(&names[2])),
+        ("from a", Some(&names[0])),
+    ] {
+        let (len, sender) = b.recv_from(&mut room).unwrap();
+        assert_eq!(&room[..len], text.as_bytes());
+        assert_eq!(sender.as_abstract_name(), from.and_then(|f| f.as_abstract_name()));
+    }
+    assert_eq!(c.recv(&mut room).unwrap(), 6);
+    assert!(a.send(b"x").is_err(), "b has another peer");
+    assert!(nameless.send_to_addr(b"x", &names[2]).is_err());
+}
+
+#[test]
 fn an_image_that_contradicts_itself() {
+    let _alone = crate::tests::alone();
     let (a, b) = socket::pair(libc::SOCK_STREAM).unwrap();
     let good = save(&[&a, &b]).states;
     let bad = |change: fn(&mut Vec<State>)| {
         let mut states = good.clone();
         change(&mut states);
         let states: Vec<&State> = states.iter().collect();
-        rebuild(me(), &states, &|_| Ok(Vec::new())).unwrap_err().to_string()
+        rebuild(me(), &states).unwrap_err().to_string()
     };
     let all = [
         bad(|s| s[0].peer = Peer::Socket(1)),
@@ -563,6 +754,8 @@ fn an_image_that_contradicts_itself() {
         bad(|s| s[0].backlog = Some(1)),
         bad(|s| s[0].name = Name(b"/path".to_vec())),
         bad(|s| s[0].ino = s[1].ino),
+        bad(|s| s[0].waiting = vec![s[1].ino]),
+        bad(|s| s[0].peer = Peer::Waiting(s[1].ino)),
     ];
     assert!(all.iter().all(|e| e.contains("damaged")), "{all:?}");
 }
