@@ -46,6 +46,8 @@ def verify() -> int:
     type_in(f"line {rounds}", "Enter")
     wait_for(f"line {rounds}")
     type_in("Escape", "C-z")
+    # what is typed before bash has the terminal back goes to nobody
+    wait_for("Stopped")
     type_in(f"clear; echo $x-{rounds}; jobs", "Enter")
     wait_for(f"kept-{rounds}")
     wait_for("sleep 1000")

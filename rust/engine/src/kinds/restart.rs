@@ -173,7 +173,7 @@ impl Watch {
 }
 
 /// Lets a stopped thread go back into the call that it was interrupted in. False when a signal came instead, which was
-/// delivered; the thread is stopped again then.
+/// delivered, or when its job is stopped (SIGSTOP, ctrl-Z) and it does not run at all; the thread is stopped again then.
 fn enter(tid: Pid) -> Result<bool> {
     ptrace::cont_to_syscall(tid, 0).about(tid, "thread")?;
     match wait::until(tid, LIMIT).about(tid, "thread")? {
@@ -190,6 +190,10 @@ fn enter(tid: Pid) -> Result<bool> {
             wait_stop(tid)?;
             Ok(false)
         }
+        Event::Stopped {
+            event: ptrace::EVENT_STOP,
+            ..
+        } => Ok(false),
         other => {
             let how = format!("{other:?}");
             Err(torpor_sys::Error::Died { pid: tid, how }).about(tid, "thread")
