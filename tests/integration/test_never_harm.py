@@ -141,6 +141,29 @@ def test_kill_at_random_moments_of_checkpoint(stage: Callable[[str], Stage], tor
     c.verify()
 
 
+def test_a_killed_tracer_leaves_calls_caught(stage: Callable[[str], Stage], torpor: Torpor, tmp: Path) -> None:
+    """A program that catches its own system calls must not catch ours, and must catch its own from then on."""
+    c = stage("dispatch").start()
+    before = time.monotonic()
+    c.checkpoint(tmp / "first", "--leave-running")
+    duration = (time.monotonic() - before) * 1.1
+    killer = Killer()
+    for number in range(40):
+        with open(tmp / "errors", "wb") as err:
+            command = torpor.popen("checkpoint", "--image-path", tmp / f"image{number}", "--leave-running", c.id, stdin=subprocess.DEVNULL, stdout=err, stderr=err)  # fmt: skip
+        killer.strike(command, 2 * number + 1, duration)
+        finish(command)
+        no_tracer_left()
+        untouched(c)
+        try:
+            c.verify()
+        except AssertionError as e:
+            # A thread that was told to stop and had no processor yet to do so sees that (docs/safety.md).
+            if "FAIL sigwaitinfo: Interrupted system call" not in str(e) or "; " in str(e):
+                raise
+    assert killer.hits["tracer"], killer.hits
+
+
 @LONG
 def test_kill_at_random_moments_of_restore(stage: Callable[[str], Stage], torpor: Torpor, tmp: Path) -> None:
     play = stage("cpython")

@@ -12,7 +12,8 @@ from support.workloads import CAPS, compiled
 pytestmark = [pytest.mark.requires("root", "command:gcc", "command:busybox")]
 
 KINDS = {
-    "dispatch": "syscall user dispatch: a call made for the checkpoint",
+    "dispatch": "syscall user dispatch: without a selector, a call made for the checkpoint",
+    "dispatch-read-only": "syscall user dispatch: its selector cannot be written",
     "vfork": "vfork: it waits for process",
     "threads-fs": "working directory (CLONE_FS): it has one that its process has not, but task",
     "threads-files": "descriptor table: it has one that its process has not, but task",

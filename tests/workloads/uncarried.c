@@ -6,7 +6,6 @@
 
 #define DISPATCH_ON 1
 
-static volatile unsigned char selector; /* SYSCALL_DISPATCH_FILTER_ALLOW */
 static volatile int is_there;
 static volatile pid_t child;
 
@@ -80,8 +79,11 @@ int main(int argc, char **argv) {
     const char *kind = argc > 1 ? argv[1] : "";
     wl_init();
     if (!strcmp(kind, "dispatch"))
-        MUST(prctl(59 /* PR_SET_SYSCALL_USER_DISPATCH */, DISPATCH_ON, 0, 0, &selector));
-    else if (!strcmp(kind, "vfork"))
+        MUST(prctl(59 /* PR_SET_SYSCALL_USER_DISPATCH */, DISPATCH_ON, 1, 1ul << 46, NULL));
+    else if (!strcmp(kind, "dispatch-read-only")) {
+        void *selector = MUST(mmap(NULL, 4096, PROT_READ, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
+        MUST(prctl(59, DISPATCH_ON, 0, 0, selector));
+    } else if (!strcmp(kind, "vfork"))
         threaded(sleeps_for_its_child, 0);
     else if (!strcmp(kind, "threads-fs"))
         threaded(two_alone, CLONE_FS);

@@ -79,11 +79,11 @@ impl Request {
         }
     }
 
-    /// A container that is to end, or that is paused, has nothing to gain from running on; and little is copied before
+    /// A container that is to end, that is paused or must not be visited later, has nothing to gain from running on; and little is copied before
     /// a twin is made.
-    fn mode(&self, paused: bool, little: bool) -> Capture {
+    fn mode(&self, stop: bool, little: bool) -> Capture {
         match self.capture {
-            _ if !self.leave_running || paused => Capture::Stop,
+            _ if !self.leave_running || stop => Capture::Stop,
             None if little => Capture::Stop,
             wanted => wanted.unwrap_or(Capture::Background),
         }
@@ -185,6 +185,11 @@ fn attempt(
             },
         )
     })?;
+    // A visit to a thread that runs beside others must not touch what decides on their calls.
+    let stop = frozen.was_paused() || collected.inventory.dispatches();
+    if stop && in_advance && !frozen.was_paused() {
+        return Ok(None);
+    }
     let since = frozen.since;
     let mut pause = Duration::ZERO;
     let mut confirmed = true;
@@ -196,7 +201,7 @@ fn attempt(
         let tracking = watch(request, tracking, &mut collected)?;
         let little = base.changed(&collected).is_some_and(|bytes| bytes <= LITTLE);
         let mut captured = Captured::default();
-        let frozen = match request.mode(frozen.was_paused(), little) {
+        let frozen = match request.mode(stop, little) {
             Capture::Stop => {
                 captured.add(&capture::capture(&collected, &base, &mut writer, cancel)?);
                 huge::collect(&mut collected, Some)?;

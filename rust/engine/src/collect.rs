@@ -439,7 +439,7 @@ impl<'f> Subject<'f> {
         let mut of_thread = |&tid: &Pid| {
             let status = proc::status(tid).about(tid, "status")?;
             let rseq = ptrace::rseq(tid).about(tid, "rseq")?;
-            let cpu = cpu::settle(tid, &self.memory, rseq, watch)?;
+            let cpu = cpu::settle(tid, &self.memory, &self.vmas, rseq, watch)?;
             Ok(Before { tid, status, rseq, cpu })
         };
         self.frozen.threads.iter().map(&mut of_thread).collect()

@@ -418,6 +418,9 @@ fn end_with_success(init: Pid) -> Result<()> {
     let Some(at) = crate::kinds::vdso::syscall_instruction(&memory, &vmas)? else {
         return fork::kill(init, 9).about(init, "init");
     };
+    if ptrace::dispatch(init).about(init, "registers")?.is_some() {
+        ptrace::set_dispatch(init, None).about(init, "registers")?;
+    }
     let mut regs = ptrace::regs(init).about(init, "registers")?;
     (regs.rip, regs.rax, regs.rdi, regs.orig_rax) = (at, EXIT_GROUP, 0, u64::MAX);
     ptrace::set_sigmask(init, u64::MAX).about(init, "signal mask")?;

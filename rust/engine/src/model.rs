@@ -141,6 +141,12 @@ impl Inventory {
             .sum()
     }
 
+    /// Whether a thread catches its own system calls.
+    pub fn dispatches(&self) -> bool {
+        let mut bodies = self.processes.iter().filter_map(|p| p.body.as_ref());
+        bodies.any(|b| b.threads.iter().any(|t| t.cpu.dispatch.is_some()))
+    }
+
     /// What a reader must know to restore this, beyond format 1.0.
     pub fn requires(&self) -> BTreeSet<&'static str> {
         let bodies = || self.processes.iter().filter_map(|p| p.body.as_ref());

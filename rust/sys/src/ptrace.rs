@@ -14,6 +14,7 @@ const PEEKSIGINFO: u32 = 0x4209;
 const SECCOMP_GET_FILTER: u32 = 0x420c;
 const SECCOMP_GET_METADATA: u32 = 0x420d;
 const GET_RSEQ_CONFIGURATION: u32 = 0x420f;
+const SET_SYSCALL_USER_DISPATCH_CONFIG: u32 = 0x4210;
 const GET_SYSCALL_USER_DISPATCH_CONFIG: u32 = 0x4211;
 const NT_X86_XSTATE: usize = 0x202;
 
@@ -273,23 +274,58 @@ pub fn rseq(tid: Pid) -> Result<Option<Rseq>> {
     }
 }
 
-/// Whether the thread's system calls are dispatched to itself (prctl(2), PR_SET_SYSCALL_USER_DISPATCH). False where the
-/// kernel (before 6.4) cannot tell.
-pub fn dispatches_syscalls(tid: Pid) -> Result<bool> {
-    // struct ptrace_sud_config: mode, selector, offset, len.
-    let mut config = [0u64; 4];
+/// How a thread's system calls are dispatched to itself (prctl(2), PR_SET_SYSCALL_USER_DISPATCH): all but those from
+/// `len` bytes from `offset` on, while the byte at `selector` says so.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Dispatch {
+    /// Address of the byte; 0 where there is none.
+    pub selector: RemoteAddr,
+    /// Where calls are let through.
+    pub offset: u64,
+    /// How much of it; counted around the end of the address space where it is the other way round (6.16).
+    pub len: u64,
+}
+
+/// `struct ptrace_sud_config`: mode, selector, offset, len.
+type DispatchConfig = [u64; 4];
+
+/// That of a thread; `None` where it has none or the kernel (before 6.4) cannot tell.
+pub fn dispatch(tid: Pid) -> Result<Option<Dispatch>> {
+    let mut config: DispatchConfig = [0; 4];
     let ret = request(
         "PTRACE_GET_SYSCALL_USER_DISPATCH_CONFIG",
         GET_SYSCALL_USER_DISPATCH_CONFIG,
         tid,
-        std::mem::size_of_val(&config),
+        std::mem::size_of::<DispatchConfig>(),
         config.as_mut_ptr() as usize,
     );
+    let [mode, selector, offset, len] = config;
     match ret {
-        Ok(_) => Ok(config[0] != 0),
-        Err(e) if e.errno() == Some(nix::errno::Errno::EIO) => Ok(false),
+        Ok(_) => Ok((mode != 0).then_some(Dispatch { selector, offset, len })),
+        Err(e) if e.errno() == Some(nix::errno::Errno::EIO) => Ok(None),
         Err(e) => Err(e),
     }
+}
+
+/// Switches that of a thread on or off.
+pub fn set_dispatch(tid: Pid, dispatch: Option<Dispatch>) -> Result<()> {
+    // PR_SYS_DISPATCH_OFF, PR_SYS_DISPATCH_EXCLUSIVE_ON, PR_SYS_DISPATCH_INCLUSIVE_ON. The kernel notes the last as the
+    // second with the rest of the address space (kernel/entry/syscall_user_dispatch.c).
+    let config: DispatchConfig = match dispatch {
+        None => [0; 4],
+        Some(d) if d.offset != 0 && d.offset.wrapping_add(d.len) <= d.offset => {
+            [2, d.selector, d.offset.wrapping_add(d.len), d.len.wrapping_neg()]
+        }
+        Some(d) => [1, d.selector, d.offset, d.len],
+    };
+    request(
+        "PTRACE_SET_SYSCALL_USER_DISPATCH_CONFIG",
+        SET_SYSCALL_USER_DISPATCH_CONFIG,
+        tid,
+        std::mem::size_of::<DispatchConfig>(),
+        config.as_ptr() as usize,
+    )
+    .map(drop)
 }
 
 /// One seccomp filter: its classic BPF program, 8 bytes an instruction, and its SECCOMP_FILTER_FLAG_LOG.

@@ -4,8 +4,10 @@ use serde::{Deserialize, Serialize};
 use torpor_image::BlobRef;
 use torpor_sys::Pid;
 use torpor_sys::mem::Memory;
+use torpor_sys::proc::Vma;
 use torpor_sys::ptrace::{self, Regs, Rseq};
 
+use super::dispatch;
 use super::restart::{self, Outcome, Wait, Watch};
 use crate::error::{About, Error, Result};
 
@@ -22,6 +24,9 @@ pub struct State {
     /// How long that call was to wait yet, in nanoseconds.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub left: Option<u64>,
+    /// How it catches its own system calls.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub dispatch: Option<dispatch::State>,
 }
 
 /// A thread's registers before anything is run in it.
@@ -31,6 +36,8 @@ pub struct Settled {
     pub regs: Regs,
     /// The wait that the kernel holds the end of, when it is in one.
     pub wait: Option<Wait>,
+    /// How it catches its own system calls.
+    pub dispatch: Option<dispatch::State>,
 }
 
 /// Both directions between registers and their numbers, from one list: the order is part of the image format.
@@ -53,7 +60,7 @@ registers!(r15 r14 r13 r12 rbp rbx r11 r10 r9 r8 rax rcx rdx rsi rdi orig_rax ri
 ///
 /// A task that was in an rseq critical section must not go on inside it: it was preempted, and code that we run
 /// clears the kernel's note of that. So its next instruction becomes the abort handler (rseq(2)).
-pub fn settle(tid: Pid, memory: &Memory, rseq: Option<Rseq>, watch: &mut Watch) -> Result<Settled> {
+pub fn settle(tid: Pid, memory: &Memory, vmas: &[Vma], rseq: Option<Rseq>, watch: &mut Watch) -> Result<Settled> {
     let mut regs = ptrace::regs(tid).about(tid, "registers")?;
     if regs.cs != 0x33 {
         return Err(Error::unsupported(
@@ -63,11 +70,7 @@ pub fn settle(tid: Pid, memory: &Memory, rseq: Option<Rseq>, watch: &mut Watch) 
             "",
         ));
     }
-    if ptrace::dispatches_syscalls(tid).about(tid, "registers")? {
-        let why = "a call made for the checkpoint would be one that it catches";
-        let remedy = "switch it off before the checkpoint";
-        return Err(Error::unsupported(tid, "syscall user dispatch", why, remedy));
-    }
+    let dispatch = dispatch::collect(tid, vmas)?;
     let wait = watch.look(tid, &regs)?;
     if restart::is_interrupted(&regs) {
         regs = ptrace::regs(tid).about(tid, "registers")?;
@@ -76,7 +79,7 @@ pub fn settle(tid: Pid, memory: &Memory, rseq: Option<Rseq>, watch: &mut Watch) 
         regs.rip = abort;
         ptrace::set_regs(tid, &regs).about(tid, "registers")?;
     }
-    Ok(Settled { regs, wait })
+    Ok(Settled { regs, wait, dispatch })
 }
 
 /// Calls that return EINTR when their task is merely stopped (signal(7), "Interruption of system calls and
@@ -132,6 +135,7 @@ pub fn collect(settled: &Settled, xstate: BlobRef) -> State {
         xstate,
         restarts: settled.wait.map(|w| w.call),
         left: settled.wait.and_then(|w| w.left),
+        dispatch: settled.dispatch,
     }
 }
 
@@ -151,7 +155,7 @@ impl State {
     }
 }
 
-/// Gives a thread its registers. `wait` is what became of the wait that it was in.
+/// Gives a thread its registers, the last thing that it gets. `wait` is what became of the wait that it was in.
 pub fn rebuild(tid: Pid, state: &State, xstate: &[u8], wait: Outcome) -> Result<()> {
     let mut regs = state.regs()?;
     match wait {
@@ -160,5 +164,6 @@ pub fn rebuild(tid: Pid, state: &State, xstate: &[u8], wait: Outcome) -> Result<
         Outcome::Anew(call) => (regs.rax, regs.orig_rax, regs.rip) = (call, u64::MAX, regs.rip - 2),
     }
     ptrace::set_xstate(tid, xstate).about(tid, "extended registers")?;
-    ptrace::set_regs(tid, &regs).about(tid, "registers")
+    ptrace::set_regs(tid, &regs).about(tid, "registers")?;
+    state.dispatch.map_or(Ok(()), |d| dispatch::rebuild(tid, &d))
 }

@@ -4,6 +4,7 @@ pub mod clocks;
 pub mod console;
 pub mod cpu;
 pub mod creds;
+pub mod dispatch;
 pub mod epoll;
 pub mod eventfd;
 pub mod files;

@@ -44,6 +44,15 @@ global_asm!(
     "   jz 2b",
     "3:",
     ".endm",
+    // A task that catches its own system calls (prctl(2), PR_SET_SYSCALL_USER_DISPATCH) does not while the byte that it
+    // names is 0. So it is set by the code itself, before each of its calls: nobody need be there to put it back.
+    ".macro torpor_let_pass",
+    "   mov r13, [rip + 6f + 192]",
+    "   test r13, r13",
+    "   jz 9f",
+    "   mov byte ptr [r13], 0",
+    "9:",
+    ".endm",
     // In a process that is being built: run the table, then trap to the tracer. Such a process carries
     // PTRACE_O_EXITKILL, so it never runs on without its tracer.
     ".pushsection .rodata",
@@ -62,9 +71,11 @@ global_asm!(
     ".globl torpor_visit_start, torpor_visit_call, torpor_visit_fork, torpor_visit_marked, torpor_visit_pool",
     ".globl torpor_visit_end",
     "torpor_visit_start:",
+    "   torpor_let_pass",
     "   torpor_run_table",
     "   jmp 5f",
     "torpor_visit_fork:",
+    "   torpor_let_pass",
     "   syscall",
     "   mov rbx, rax",
     "   mov r12, rax",
@@ -74,6 +85,7 @@ global_asm!(
     "   mov edi, 0",
     "   syscall",
     "torpor_visit_call:",
+    "   torpor_let_pass",
     "   syscall",
     "   mov rbx, rax",
     "5: mov eax, 234", // tgkill
@@ -82,6 +94,7 @@ global_asm!(
     "   mov edx, [rip + 6f + 16]",
     "   syscall",
     "torpor_visit_marked:",
+    "   torpor_let_pass",
     "   test r12, r12",
     "   jle 7f",
     "   mov eax, 61", // wait4
@@ -105,7 +118,11 @@ global_asm!(
     "   mov edx, 0",
     "   mov r10d, 8",
     "   syscall",
-    "   mov rax, [rip + 6f + 64]",
+    "   mov rcx, [rip + 6f + 192]",
+    "   jrcxz 8f",
+    "   mov rax, [rip + 6f + 200]",
+    "   mov [rcx], al",
+    "8: mov rax, [rip + 6f + 64]",
     "   mov rbx, [rip + 6f + 72]",
     "   mov rcx, [rip + 6f + 80]",
     "   mov rdx, [rip + 6f + 88]",
@@ -123,7 +140,7 @@ global_asm!(
     "   jmp [rip + 6f + 184]",
     "   .balign 8",
     "torpor_visit_pool:",
-    "6: .skip 192",
+    "6: .skip 208",
     "torpor_visit_end:",
     ".popsection",
 );

@@ -7,6 +7,9 @@
 //! Because rt_sigreturn(2) is not used, an interrupted sleep keeps its restart block; because the stub leaves
 //! vector registers alone, none have to be restored.
 //!
+//! A task that catches its own system calls by a selector (PR_SET_SYSCALL_USER_DISPATCH) has that set to "allow" by the
+//! stub, and back at the end. All threads that may have the same selector must stand still meanwhile.
+//!
 //! The end of a batch is told to the tracer by a signal that an untraced task ignores (SIGURG, SIGWINCH or
 //! SIGCHLD, whichever the process does not use); if it uses all of them, by stepping over system calls.
 
@@ -58,9 +61,37 @@ pub struct Visit<'d> {
     inner_tid: Pid,
     regs: Regs,
     mask: u64,
+    selector: Option<Selector>,
     home: bool,
     held: Vec<i32>,
     born: Option<Pid>,
+}
+
+/// The byte by which a thread says that its system calls are caught, when it says so.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Selector {
+    address: RemoteAddr,
+    value: u8,
+}
+
+impl Selector {
+    fn of(tid: Pid, memory: &Memory) -> Result<Option<Selector>> {
+        let Some(dispatch) = ptrace::dispatch(tid)? else {
+            return Ok(None);
+        };
+        if dispatch.selector == 0 {
+            return Err(Error::Unsuitable {
+                pid: tid,
+                why: "it catches its system calls without a selector".into(),
+            });
+        }
+        let mut value = [0];
+        memory.read(dispatch.selector, &mut value)?;
+        Ok((value[0] != 0).then_some(Selector {
+            address: dispatch.selector,
+            value: value[0],
+        }))
+    }
 }
 
 /// Stands before the code, so that what a killed tracer has left there is known again and its place used again.
@@ -164,9 +195,10 @@ impl<'m> Door<'m> {
     fn enter_without_table(&self, tid: Pid, inner_tid: Pid) -> Result<Visit<'_>> {
         let regs = ptrace::regs(tid)?;
         let mask = ptrace::sigmask(tid)?;
+        let selector = Selector::of(tid, self.memory)?;
         let parts = stub::visit();
         let mut code = parts.code.to_vec();
-        let pool = self.constants(inner_tid, &regs, mask);
+        let pool = self.constants(inner_tid, &regs, mask, selector);
         code[parts.pool..parts.pool + pool.len()].copy_from_slice(&pool);
         self.memory.write(self.code, &code)?;
         Ok(Visit {
@@ -175,6 +207,7 @@ impl<'m> Door<'m> {
             inner_tid,
             regs,
             mask,
+            selector,
             home: true,
             held: Vec::new(),
             born: None,
@@ -187,7 +220,7 @@ impl<'m> Door<'m> {
         self.memory.write(self.code - MARK.len() as u64, &vec![0; len])
     }
 
-    fn constants(&self, inner_tid: Pid, regs: &Regs, mask: u64) -> Vec<u8> {
+    fn constants(&self, inner_tid: Pid, regs: &Regs, mask: u64, selector: Option<Selector>) -> Vec<u8> {
         let (rax, rip) = restart(regs);
         let words = [
             self.host.inner_pid as u64,
@@ -214,6 +247,8 @@ impl<'m> Door<'m> {
             regs.r14,
             regs.r15,
             rip,
+            selector.map_or(0, |s| s.address),
+            selector.map_or(0, |s| s.value.into()),
         ];
         words.iter().flat_map(|w| w.to_le_bytes()).collect()
     }
@@ -507,9 +542,12 @@ impl<'d> Visit<'d> {
         unmapped.map(drop)
     }
 
-    /// The mask first: with the registers still in the stub, the task would find home alone.
+    /// The mask and the selector first: with the registers still in the stub, the task would find home alone.
     fn put_back(&mut self) -> Result<()> {
         ptrace::set_sigmask(self.tid, self.mask)?;
+        if let Some(selector) = self.selector {
+            self.door.memory.write(selector.address, &[selector.value])?;
+        }
         ptrace::set_regs(self.tid, &self.regs)?;
         self.home = true;
         for signal in self.held.drain(..) {
