@@ -109,8 +109,9 @@ def finish(command: subprocess.Popen[bytes]) -> int:
 
 
 @LONG
-def test_kill_at_random_moments_of_checkpoint(stage: Callable[[str], Stage], torpor: Torpor, tmp: Path) -> None:
-    c = stage("cpython").start()
+@pytest.mark.parametrize("name", ["cpython", "spaces"])
+def test_kill_at_random_moments_of_checkpoint(stage: Callable[[str], Stage], torpor: Torpor, tmp: Path, name: str) -> None:  # fmt: skip
+    c = stage(name).start()
     c.verify()
     start = procs.process(c.pid)
     before = time.monotonic()

@@ -65,6 +65,29 @@ def test_a_chain_holds_the_memory_of_each_time(stage: Callable[[str], Stage], tm
         c.verify()
 
 
+def test_memory_in_common_is_one(stage: Callable[[str], Stage], tmp: Path, torpor: Torpor) -> None:
+    """Five tasks use one address space and one has a copy of it: it is stored, tracked and brought back once."""
+    play = stage("spaces")
+    c = play.start()
+    c.checkpoint(tmp / "0", "--leave-running", "--track", "--capture=background")
+    assert size(tmp / "0") < 60 << 20
+    c.verify()
+    done = c.checkpoint(tmp / "1", "--parent-path", "../0")
+    assert AWAY not in done.err
+    assert size(tmp / "1") < 4 << 20
+    c.delete()
+    c = play.successor(c)
+    done = c.restore_from(tmp / "1", "--track")
+    assert "monotonic" not in done.err and "not tracked" not in done.err
+    c.verify()
+    c.checkpoint(tmp / "2", "--parent-path", "../1")
+    assert size(tmp / "2") < 4 << 20
+    c = restored(play, c, tmp / "2", "--background")
+    c.verify()
+    torpor("wait", "--restore", c.id)
+    c.verify()
+
+
 def test_without_tracking_all_memory_is_compared(stage: Callable[[str], Stage], tmp: Path) -> None:
     play = stage("tracked")
     c = play.start()

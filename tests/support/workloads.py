@@ -155,7 +155,7 @@ WORKLOADS = {
         Workload("scheduling", ("/bin/scheduling",), "busybox", cpu=(("realtimeRuntime", 10000), ("realtimePeriod", 1000000))),
         Workload("tmpfs", ("/bin/tmpfs",), "busybox",
                  mounts=(_tmpfs("/run", "noexec", "mode=755", "size=65536k"), _tmpfs("/tmp", "exec", "mode=1777"))),
-        _c("orphans"), _c("terminals"), _c("forked"), _c("sharing"), _c("mappings"), _c("crowd"), _c("handlers"), _c("vdso"), _c("dispatch"),
+        _c("orphans"), _c("terminals"), _c("forked"), _c("sharing"), _c("spaces"), _c("mappings"), _c("crowd"), _c("handlers"), _c("vdso"), _c("dispatch"),
         Workload("vfork", ("/bin/vfork",), "busybox", restless=True),
         Workload("bomb", ("/bin/bomb",), "busybox", restless=True),
         Workload("counter", ("sh", "/bin/counter.sh"), "busybox", real=True, restless=True),

@@ -78,6 +78,8 @@ struct Subject<'f> {
     vmas: Vec<Vma>,
     is_assumed: bool,
     memory: Memory,
+    /// Its address space is that of a process that is described already.
+    is_elsewhere: bool,
 }
 
 /// Collects. `advance` is what is known already; `blob` stores bytes in the image. `tracking` says which mappings are watched by us; with `memory_only` the
@@ -130,7 +132,9 @@ pub fn collect(
     let mut watch = restart::Watch::default();
     let mut landlock = landlock::Watch::new(init, &maps);
     for process in &members {
-        let subject = Subject::of(process, &mut advance)?;
+        let holder = sharing.holder(kcmp::Kind::Vm, process.pid);
+        let known = sources.iter().find(|s: &&Source| s.pid == holder);
+        let subject = Subject::of(process, known.map(|s| s.vmas.as_slice()), &mut advance)?;
         check_namespaces(process.pid, init)?;
         let mut ctx = Context {
             frozen,
@@ -143,6 +147,7 @@ pub fn collect(
             vdso: &inventory.vdso,
             landlock: &mut landlock,
             blob,
+            beside: instructions_beside(&members, &sharing, process.pid)?,
         };
         let (mut body, host) = subject.body(&mut ctx)?;
         body.sharing = sharing.state(process.pid, |pid| names.inner(pid));
@@ -161,13 +166,15 @@ pub fn collect(
             }
         }
         let described = subject.process(&names, Some(body))?;
-        sources.push(Source {
-            pid: process.pid,
-            index: inventory.processes.len(),
-            host,
-            is_assumed: subject.is_assumed,
-            vmas: subject.vmas,
-        });
+        if holder == process.pid {
+            sources.push(Source {
+                pid: process.pid,
+                index: inventory.processes.len(),
+                host,
+                is_assumed: subject.is_assumed,
+                vmas: subject.vmas,
+            });
+        }
         inventory.processes.push(described);
         zombies(process.pid, &names, &mut inventory.processes)?;
     }
@@ -274,6 +281,16 @@ fn check_namespaces(pid: Pid, init: Pid) -> Result<()> {
     Ok(())
 }
 
+/// Where the threads of all other processes are that use the memory of this one.
+fn instructions_beside(members: &[&FrozenProcess], sharing: &sharing::Survey, pid: Pid) -> Result<Vec<u64>> {
+    let holder = |pid| sharing.holder(kcmp::Kind::Vm, pid);
+    let beside = members.iter().filter(|m| m.pid != pid && holder(m.pid) == holder(pid));
+    let threads = beside.flat_map(|m| &m.threads);
+    threads
+        .map(|tid| Ok(ptrace::regs(*tid).about(*tid, "registers")?.rip))
+        .collect()
+}
+
 /// The descriptor tables of all tasks that have one, by task. One that several processes share is read once.
 fn fd_tables(
     members: &[&FrozenProcess],
@@ -340,6 +357,8 @@ struct Context<'a, 'v> {
     vdso: &'a vdso::State,
     landlock: &'a mut landlock::Watch<'v>,
     blob: &'a mut dyn FnMut(&[u8]) -> Result<BlobRef>,
+    /// Where threads of other processes are that use the same memory.
+    beside: Vec<u64>,
 }
 
 /// A thread before its batch: what must be read before any code runs in it.
@@ -365,7 +384,8 @@ struct Asked {
 }
 
 impl<'f> Subject<'f> {
-    fn of(frozen: &'f FrozenProcess, advance: &mut Advance) -> Result<Subject<'f>> {
+    /// `known` are the mappings, where another process has the same.
+    fn of(frozen: &'f FrozenProcess, known: Option<&[Vma]>, advance: &mut Advance) -> Result<Subject<'f>> {
         let pid = frozen.pid;
         let status = proc::status(pid).about(pid, "status")?;
         if status.core_dumping {
@@ -376,7 +396,10 @@ impl<'f> Subject<'f> {
                 "wait until it has ended",
             ));
         }
-        let (vmas, is_assumed) = advance.settle(pid, &status)?;
+        let (vmas, is_assumed) = match known {
+            Some(known) => (known.to_vec(), false),
+            None => advance.settle(pid, &status)?,
+        };
         Ok(Subject {
             frozen,
             stat: proc::stat(pid).about(pid, "stat")?,
@@ -384,6 +407,7 @@ impl<'f> Subject<'f> {
             vmas,
             is_assumed,
             memory: memory::open(pid)?,
+            is_elsewhere: known.is_some(),
         })
     }
 
@@ -405,11 +429,13 @@ impl<'f> Subject<'f> {
         let before = self.before(ctx.watch)?;
         vdso::check(pid, &self.memory, &self.vmas, ctx.vdso)?;
         let inner = last(&self.status.ns_tgids);
+        let mut instructions: Vec<u64> = before.iter().map(|t| t.cpu.regs.rip).collect();
+        instructions.append(&mut ctx.beside);
         let host = Host {
             pid,
             inner_pid: inner,
             busy_signals: busy(&before),
-            instructions: before.iter().map(|t| t.cpu.regs.rip).collect(),
+            instructions,
         };
         let door = Door::find(host.clone(), &self.memory, &self.vmas, TABLE).about(pid, "visit")?;
         // After an error the code stays: a thread that could not be brought home is still on its way through it.
@@ -422,7 +448,10 @@ impl<'f> Subject<'f> {
         }
         let body = Body {
             threads,
-            memory: memory::collect(pid, &self.vmas, &self.stat, &inside, ctx.tables)?,
+            memory: match self.is_elsewhere {
+                true => memory::State::elsewhere(),
+                false => memory::collect(pid, &self.vmas, &self.stat, &inside, ctx.tables)?,
+            },
             fds: Vec::new(),
             fs: fs::collect(pid, &self.status, ctx.maps)?,
             signals,

@@ -107,6 +107,11 @@ fn elders(processes: &[Process], index: usize) -> Vec<usize> {
         .into_iter()
         .flatten()
         .collect();
+    // Where memory is in common, one holds it for all.
+    for at in &mut all {
+        let holder = processes[*at].body.as_ref().and_then(|b| b.sharing.memory);
+        *at = processes.iter().position(|p| Some(p.pid) == holder).unwrap_or(*at);
+    }
     // Init has no parent here, and no siblings.
     all.retain(|at| *at < index && processes[index].ppid != 0);
     all

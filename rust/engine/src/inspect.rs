@@ -97,7 +97,7 @@ fn process(process: &Process, inventory: &Inventory, stored: u64) -> Value {
         .map(|d| json!({"fd": d.fd, "file": name(&inventory.descriptions[d.description].object, inventory)}))
         .collect();
     value["name"] = json!(body.threads[0].settings.name);
-    value["exe"] = json!(source_name(body.memory.exe, inventory));
+    value["exe"] = json!(source_name(inventory.memory_of(body).exe, inventory));
     value["cwd"] = json!(body.fs.cwd);
     value["uid"] = json!(body.threads[0].creds.uids[0]);
     value["threads"] = json!(threads);

@@ -164,9 +164,25 @@ impl Inventory {
 
     /// The descriptor table that a process uses.
     pub fn table_of<'b>(&'b self, body: &'b Body) -> &'b [kinds::files::Descriptor] {
-        let holds = |p: &&Process| Some(p.pid) == body.sharing.files;
+        &self.holder(body, body.sharing.files).fds
+    }
+
+    /// The address space that a process uses.
+    pub fn memory_of<'b>(&'b self, body: &'b Body) -> &'b kinds::memory::State {
+        &self.holder(body, body.sharing.memory).memory
+    }
+
+    /// The process that holds the memory of `pid`: another one, or itself.
+    pub fn memory_holder(&self, pid: i32) -> i32 {
+        let mut all = self.processes.iter().filter(|p| p.pid == pid);
+        let of = all.find_map(|p| p.body.as_ref()?.sharing.memory);
+        of.unwrap_or(pid)
+    }
+
+    fn holder<'b>(&'b self, body: &'b Body, of: Option<i32>) -> &'b Body {
+        let holds = |p: &&Process| Some(p.pid) == of;
         let holder = self.processes.iter().find(holds).and_then(|p| p.body.as_ref());
-        &holder.unwrap_or(body).fds
+        holder.unwrap_or(body)
     }
 
     /// Closes every TCP connection that leads out of the container.

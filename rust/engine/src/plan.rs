@@ -25,7 +25,7 @@ pub fn plan(inventory: &Inventory, init: Pid, bounds: &Bounds) -> Result<()> {
     let limits = proc::limits(init).about(init, "limits")?;
     for process in &inventory.processes {
         if let Some(body) = &process.body {
-            vdso::plan_parts(process.pid, &inventory.vdso, &body.memory.kernel)?;
+            vdso::plan_parts(process.pid, &inventory.vdso, &inventory.memory_of(body).kernel)?;
             living(process, body, bounds, &limits)?;
         }
     }

@@ -188,8 +188,8 @@ fn resume(
         skeleton.dress_threads(process, inventory)?;
     }
     late.start(&skeleton, inventory)?;
-    for process in &inventory.processes {
-        skeleton.arm(process, image)?;
+    for process in inventory.processes.iter().rev() {
+        skeleton.arm(process, inventory, image)?;
     }
     on_loaded()?;
     let tids = skeleton.tids().to_vec();

@@ -214,7 +214,9 @@ pub fn begin(skeleton: &Skeleton, inventory: &Inventory) -> (Tracking, Vec<Strin
     let mut tracking = Tracking::default();
     let mut warnings = Vec::new();
     for (number, process) in inventory.processes.iter().enumerate() {
-        let Some(body) = &process.body else { continue };
+        let Some(body) = process.body.as_ref().filter(|b| b.sharing.memory.is_none()) else {
+            continue;
+        };
         let watched = skeleton.site(process.pid).and_then(|site| {
             let watch = skeleton.write_watch(process.pid)?;
             protect(site.tid(), &watch, &body.memory.areas)?;

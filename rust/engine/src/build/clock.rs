@@ -5,14 +5,30 @@ use torpor_sys::timens;
 
 use super::Skeleton;
 use crate::error::{About, Result};
-use crate::kinds::clocks;
-use crate::model::Inventory;
+use crate::kinds::{clocks, sharing};
+use crate::model::{Inventory, Process};
 
 impl Skeleton {
+    /// Takes init there before it has children, where some will have memory in common: they could not go there themselves
+    /// (setns(2)). Then building them is seen as time that has passed, too.
+    pub(super) fn enter_time_early(&mut self, inventory: &Inventory) -> Result<()> {
+        if sharing::is_memory_shared(inventory) {
+            self.time = Some(self.move_in_time(inventory)?);
+        }
+        Ok(())
+    }
+
     /// Takes every process to where the clocks go on from what they showed, as late as possible: what comes after is
     /// seen as time that has passed. Only a process of one thread can change its time namespace (setns(2)), so threads
     /// are made after this. Where it cannot be done, what to report about it.
     pub fn enter_time(&self, inventory: &Inventory) -> Result<Option<String>> {
+        match &self.time {
+            Some(done) => Ok(done.clone()),
+            None => self.move_in_time(inventory),
+        }
+    }
+
+    fn move_in_time(&self, inventory: &Inventory) -> Result<Option<String>> {
         let Some(state) = &inventory.clocks else {
             return Ok(None);
         };
@@ -26,7 +42,8 @@ impl Skeleton {
         // The namespace of a root without CAP_SYS_TIME shows the machine's clocks, but children are in it already.
         let refused = clocks::rebuild(self.init, state).err();
         let namespace = timens::of_children(self.init).about(self.init, "time namespace")?;
-        for process in inventory.processes.iter().filter(|p| p.body.is_some()) {
+        let is_there = |p: &&Process| p.body.is_some() && self.sites.contains_key(&p.pid);
+        for process in inventory.processes.iter().filter(is_there) {
             self.send(process.pid, &[&namespace])?;
             let mut batch = Batch::new();
             let args = [self.temporary(0).into(), libc::CLONE_NEWTIME.into()];

@@ -12,7 +12,7 @@ use torpor_image::{PageRun, Reader};
 use super::pages::{self, Ranges};
 use super::tree::Lineage;
 use crate::kinds::memory::{Area, Source};
-use crate::model::{Body, Inventory};
+use crate::model::{Body, Inventory, Process};
 
 /// What one process gets and gives.
 #[derive(Debug, Default, Clone)]
@@ -79,8 +79,10 @@ impl Shares {
     fn add_family(&mut self, inventory: &Inventory, data: &[Vec<PageRun>], at: usize, orphans: &BTreeSet<i32>) {
         let parent = &inventory.processes[at];
         let Some(body) = &parent.body else { return };
+        let holds = |pid| inventory.memory_holder(pid) == pid;
+        let is_child = |child: &Process| inventory.memory_holder(child.ppid) == parent.pid && holds(child.pid);
         let children: Vec<Child<'_>> = (at + 1..data.len())
-            .filter(|c| inventory.processes[*c].ppid == parent.pid)
+            .filter(|c| is_child(&inventory.processes[*c]))
             .filter(|c| !orphans.contains(&inventory.processes[*c].pid))
             .filter_map(|c| Child::of(c, inventory.processes[c].body.as_ref()?, body, &data[c]))
             .collect();

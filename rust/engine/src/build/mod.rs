@@ -74,6 +74,8 @@ pub struct Skeleton {
     laid_out: BTreeSet<i32>,
     /// What was laid out already in the parent of a process when it was made.
     born_with: BTreeMap<i32, Layout>,
+    /// What entering the time namespace came to, when that is done already.
+    time: Option<Option<String>>,
     done: bool,
 }
 
@@ -109,6 +111,7 @@ pub fn build(
 ) -> Result<(Skeleton, Objects, Shares)> {
     let mut skeleton = Skeleton::blank(inventory, init, bounds)?;
     skeleton.connect()?;
+    skeleton.enter_time_early(inventory)?;
     tmpfs::rebuild(&inventory.tmpfs, image, init, bounds, cancel)?;
     let files = objects::rebuild_files(&skeleton, inventory, image, cancel)?;
     // What comes later cannot be common.
@@ -190,6 +193,7 @@ impl Skeleton {
             all: vec![init],
             laid_out: BTreeSet::new(),
             born_with: BTreeMap::new(),
+            time: None,
             done: false,
         };
         skeleton.leave_rseq(syscall_at)?;

@@ -48,6 +48,7 @@ impl Nursery<'_> {
 
     /// Notes what a child has been born with.
     pub(super) fn note_birth(&self, skeleton: &mut Skeleton, parent: i32, child: &Process) {
+        let parent = self.inventory.memory_holder(parent);
         let is_parent = |p: &&Process| p.pid == parent && skeleton.laid_out.contains(&parent);
         let own = self
             .inventory
@@ -79,7 +80,9 @@ impl Nursery<'_> {
 
     fn lay_out(&self, skeleton: &mut Skeleton, index: usize) -> Result<()> {
         let process = &self.inventory.processes[index];
-        let Some(body) = &process.body else { return Ok(()) };
+        let Some(body) = process.body.as_ref().filter(|b| b.sharing.memory.is_none()) else {
+            return Ok(());
+        };
         if !skeleton.laid_out.insert(process.pid) {
             return Ok(());
         }

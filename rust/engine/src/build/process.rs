@@ -115,7 +115,9 @@ impl Skeleton {
         }
         memory::rebuild_lock_future(&mut batch, &body.memory);
         settings::rebuild_process(&mut batch, &body.settings);
-        signals::rebuild_actions(&mut batch, &body.signals);
+        if body.sharing.actions.is_none() {
+            signals::rebuild_actions(&mut batch, &body.signals);
+        }
         self.run(pid, &batch, "settings")?;
         if body.sharing.fs.is_none() {
             place(pid, self.site(pid)?, &body.fs)?;

@@ -8,7 +8,7 @@ use torpor_sys::{Pid, ptrace};
 use super::{LIMIT, Skeleton};
 use crate::error::{About, Error, Result};
 use crate::kinds::restart::{self, Outcome};
-use crate::kinds::{cpu, creds, posix_timers, seccomp, settings, signals};
+use crate::kinds::{cpu, creds, memory, posix_timers, seccomp, settings, signals};
 use crate::model::{Body, Inventory, Process, Thread};
 
 /// Credentials are set with what the blank process has; this is how much that is.
@@ -78,10 +78,11 @@ impl Skeleton {
         Ok(())
     }
 
-    /// Removes the stub and gives every thread its registers: it could run now.
-    pub fn arm(&self, process: &Process, image: &Reader) -> Result<()> {
+    /// Removes the stub and gives every thread its registers: it could run now. Of processes with memory in common the one
+    /// that holds it comes last.
+    pub fn arm(&self, process: &Process, inventory: &Inventory, image: &Reader) -> Result<()> {
         let Some(body) = &process.body else { return Ok(()) };
-        let syscall_at = self.syscall_at(body)?;
+        let syscall_at = self.syscall_at(inventory.memory_of(body))?;
         let mut waits = Vec::new();
         for (thread, (_, site)) in body.threads.iter().zip(self.sites_of(process.pid)?) {
             waits.push(match thread.cpu.wait()? {
@@ -99,10 +100,9 @@ impl Skeleton {
         Ok(())
     }
 
-    fn syscall_at(&self, body: &Body) -> Result<u64> {
+    fn syscall_at(&self, memory: &memory::State) -> Result<u64> {
         // The code is the last of the kernel's parts.
-        let code = body
-            .memory
+        let code = memory
             .kernel
             .last()
             .ok_or_else(|| Error::nonsense("a process without vdso"))?;
@@ -112,14 +112,17 @@ impl Skeleton {
     fn remove_stub(&self, pid: i32, body: &Body, syscall_at: u64) -> Result<()> {
         let site = self.site(pid)?;
         let tid = site.tid();
-        if let Some(action) = signals::trap_action(&body.signals) {
+        let own = signals::trap_action(&body.signals).filter(|_| body.sharing.actions.is_none());
+        if let Some(action) = own {
             let table = self.place.table();
             site.memory().write(table, &action).about(pid, "SIGTRAP")?;
             let args = [libc::SIGTRAP as u64, table, 0, 8, 0, 0];
             site::call_at(tid, syscall_at, libc::SYS_rt_sigaction, args).about(pid, "SIGTRAP")?;
         }
-        let args = [self.place.base, self.place.len(), 0, 0, 0, 0];
-        site::call_at(tid, syscall_at, libc::SYS_munmap, args).about(pid, "stub")?;
+        if body.sharing.memory.is_none() {
+            let args = [self.place.base, self.place.len(), 0, 0, 0, 0];
+            site::call_at(tid, syscall_at, libc::SYS_munmap, args).about(pid, "stub")?;
+        }
         stop_for_signals(tid)
     }
 }

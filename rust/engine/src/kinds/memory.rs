@@ -35,6 +35,21 @@ pub struct State {
     pub lock_future: i32,
 }
 
+impl State {
+    /// That of a process which has the address space of another one, as far as the image goes.
+    pub fn elsewhere() -> State {
+        State {
+            areas: Vec::new(),
+            kernel: Vec::new(),
+            map: [0; 11],
+            auxv: Vec::new(),
+            exe: Source::Nothing,
+            huge: Vec::new(),
+            lock_future: 0,
+        }
+    }
+}
+
 /// Where the pages of a mapping come from.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]

@@ -1,9 +1,10 @@
-//! What tasks have in common, or have of their own where threads have it in common: descriptor tables, and what path
-//! look-ups begin with (CLONE_FILES and CLONE_FS of clone(2), unshare(2)).
+//! What tasks have in common, or have of their own where threads have it in common: descriptor tables, what path look-ups
+//! begin with, memory, signal actions (CLONE_FILES, CLONE_FS, CLONE_VM and CLONE_SIGHAND of clone(2), unshare(2)).
 //!
 //! Nothing but a birth gives a task what another one has. So every process is made by its parent with the flags that its
 //! place in the tree asks for: each group of processes with something in common is reached from one ancestor, and whoever on
-//! the way does not belong to it gives it up (unshare(2)) when its children are there. Nothing is in it by then.
+//! the way does not belong to it gives it up (unshare(2)) when its children are there. Nothing is in it by then. Memory
+//! and signal actions cannot be given up this way: those who have them in common are children of each other.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -26,6 +27,12 @@ pub struct State {
     /// Root, working directory and umask.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub fs: Option<i32>,
+    /// The address space.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub memory: Option<i32>,
+    /// Signal actions.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub actions: Option<i32>,
 }
 
 impl State {
@@ -35,7 +42,13 @@ impl State {
     }
 
     fn of(&self, kind: Kind) -> Option<i32> {
-        if kind == Kind::Files { self.files } else { self.fs }
+        match kind {
+            Kind::Files => self.files,
+            Kind::Fs => self.fs,
+            Kind::Vm => self.memory,
+            Kind::Sighand => self.actions,
+            Kind::File => None,
+        }
     }
 }
 
@@ -60,23 +73,28 @@ impl Own {
     }
 }
 
-/// What can be in common, how clone(2) calls it and what to call it.
-const KINDS: [(Kind, i32, &str); 2] = [
+/// What can be in common: how kcmp(2) and clone(2) call it, and what to call it.
+const KINDS: [(Kind, i32, &str); 4] = [
     (Kind::Files, libc::CLONE_FILES, "descriptor table"),
     (Kind::Fs, libc::CLONE_FS, "working directory (CLONE_FS)"),
+    (Kind::Vm, libc::CLONE_VM, "address space"),
+    (Kind::Sighand, libc::CLONE_SIGHAND, "signal handlers"),
 ];
+
+/// What a task can give up, and a thread can have of its own.
+const GIVEN_UP: i32 = libc::CLONE_FILES | libc::CLONE_FS;
 
 /// Who holds what for whom.
 #[derive(Debug, Default)]
 pub struct Survey {
     /// By process: the first that has the same.
-    holders: [BTreeMap<Pid, Pid>; 2],
+    holders: [BTreeMap<Pid, Pid>; 4],
     /// Threads that have one of their own.
-    apart: [BTreeSet<Pid>; 2],
+    apart: [BTreeSet<Pid>; 4],
 }
 
 fn place(kind: Kind) -> usize {
-    usize::from(kind != Kind::Files)
+    KINDS.iter().position(|k| k.0 == kind).unwrap_or(0)
 }
 
 /// Those of `tasks`, in their order, that share one, by the kernel's order of what they have.
@@ -110,20 +128,14 @@ impl Survey {
     /// Looks at processes and their threads, the main thread first; parents before their children.
     ///
     /// # Errors
-    /// Refused: memory or signal handlers in common; what threads have apart from their process and yet in common.
+    /// Refused: what threads have apart from their process and yet in common.
     pub fn of(processes: &[(Pid, &[Pid])]) -> Result<Survey> {
         let pids: Vec<Pid> = processes.iter().map(|(pid, _)| *pid).collect();
-        for (kind, name) in [(Kind::Vm, "address space"), (Kind::Sighand, "signal handlers")] {
-            if let Some([a, b, ..]) = groups(&pids, kind)?.iter().find(|g| g.len() > 1).map(Vec::as_slice) {
-                let why = format!("it shares its {name} with process {b}, which is not carried yet");
-                return Err(Error::unsupported(*a, name, why, ""));
-            }
-        }
         let mut survey = Survey::default();
-        for (kind, _, name) in KINDS {
+        for (kind, flag, name) in KINDS {
             let mut tasks = pids.clone();
             let apart = &mut survey.apart[place(kind)];
-            for (pid, threads) in processes {
+            for (pid, threads) in processes.iter().filter(|_| flag & GIVEN_UP != 0) {
                 for &tid in threads.iter().skip(1) {
                     if !kcmp::same(*pid, tid, kind).about(tid, "kcmp")? {
                         apart.insert(tid);
@@ -160,12 +172,14 @@ impl Survey {
         State {
             files: other(Kind::Files),
             fs: other(Kind::Fs),
+            memory: other(Kind::Vm),
+            actions: other(Kind::Sighand),
         }
     }
 }
 
 /// By which group an edge of the tree is used, of each kind; the group by its holder.
-type Edge = [Option<i32>; 2];
+type Edge = [Option<i32>; 4];
 
 /// How processes are made, so that they have in common what they had.
 #[derive(Debug, Default)]
@@ -238,10 +252,10 @@ impl Births {
     pub fn steps<'p>(&self, parent: &Process, children: &[&'p Process]) -> Result<Vec<Step<'p>>> {
         let own = KINDS.map(|(kind, ..)| self.group(parent, kind));
         let mut now = self.edge(parent.pid);
-        let mut left: [BTreeSet<i32>; 2] = Default::default();
+        let mut left: [BTreeSet<i32>; 4] = Default::default();
         let rank = |child: &&Process| {
             let edge = self.edge(child.pid);
-            [0, 1].map(|k| match edge[k] {
+            [0, 1, 2, 3].map(|k| match edge[k] {
                 None => (0, 0),
                 of if of == now[k] && of != own[k] => (0, 0),
                 of if of == own[k] => (2, 0),
@@ -261,18 +275,22 @@ impl Births {
                         left[k].insert(before);
                         steps.push(Step::GiveUp(flag));
                     }
-                    if left[k].contains(&group) {
+                    if left[k].contains(&group) || flag & GIVEN_UP == 0 && now[k].is_some() {
                         return Err(apart(child.pid, name, group));
                     }
                     now[k] = Some(group);
                 }
                 flags |= flag;
             }
+            if flags & libc::CLONE_SIGHAND != 0 && flags & libc::CLONE_VM == 0 {
+                let what = format!("process {} shares signal actions and no memory", child.pid);
+                return Err(Error::nonsense(what));
+            }
             steps.push(Step::Make(child, flags));
         }
         for (k, (_, flag, name)) in KINDS.into_iter().enumerate() {
             if let Some(last) = now[k].filter(|last| own[k] != Some(*last)) {
-                if own[k].is_some() {
+                if own[k].is_some() || flag & GIVEN_UP == 0 {
                     return Err(apart(parent.pid, name, last));
                 }
                 steps.push(Step::GiveUp(flag));
@@ -354,6 +372,10 @@ pub fn plan(inventory: &Inventory, lineage: &Lineage) -> Result<()> {
         if body.sharing.files.is_some() && !(body.fds.is_empty() && body.locks.is_empty()) {
             return Err(Error::nonsense(format!("process {pid} has two descriptor tables")));
         }
+        let has_memory = !(body.memory.areas.is_empty() && body.memory.kernel.is_empty());
+        if body.sharing.memory.is_some() && has_memory {
+            return Err(Error::nonsense(format!("process {pid} has two address spaces")));
+        }
         if body.threads.first().is_some_and(|t| !t.own.is_nothing()) {
             return Err(Error::nonsense(format!(
                 "the main thread of {pid} is apart from its process"
@@ -362,6 +384,11 @@ pub fn plan(inventory: &Inventory, lineage: &Lineage) -> Result<()> {
         holders.insert(pid, &body.sharing);
     }
     Births::plan(inventory, lineage).map(drop)
+}
+
+/// Whether any process has its memory from another one.
+pub fn is_memory_shared(inventory: &Inventory) -> bool {
+    living(inventory).any(|(_, body)| body.sharing.memory.is_some())
 }
 
 /// Flags that a thread is made without, since it has of its own what they would give it.
@@ -397,7 +424,7 @@ mod tests {
     fn files(pid: i32) -> State {
         State {
             files: Some(pid),
-            fs: None,
+            ..State::default()
         }
     }
 
@@ -475,6 +502,41 @@ mod tests {
         };
         let all = tree(vec![process(1, 0, none), process(2, 1, files(1))]);
         assert!(Births::plan(&all, &lineage).is_err());
+    }
+
+    #[test]
+    fn memory_is_given_to_children_of_who_has_it() {
+        let none = State::default();
+        let memory = |actions| State {
+            memory: Some(1),
+            actions,
+            ..none
+        };
+        let all = tree(vec![
+            process(1, 0, none),
+            process(2, 1, memory(None)),
+            process(3, 1, memory(Some(1))),
+            process(4, 2, memory(None)),
+            process(5, 2, none),
+        ]);
+        assert_eq!(shown(&all, 1), ["2 100", "3 900"]);
+        assert_eq!(shown(&all, 2), ["5 0", "4 100"]);
+        let between = tree(vec![
+            process(1, 0, none),
+            process(2, 1, none),
+            process(3, 2, memory(None)),
+        ]);
+        let error = Births::plan(&between, &Lineage::of(&between)).unwrap_err();
+        assert!(error.to_string().contains("address space"), "{error}");
+        let actions = State {
+            actions: Some(1),
+            ..none
+        };
+        let alone = tree(vec![process(1, 0, none), process(2, 1, actions)]);
+        assert!(matches!(
+            plan(&alone, &Lineage::of(&alone)),
+            Err(Error::Nonsense { .. })
+        ));
     }
 
     #[test]
