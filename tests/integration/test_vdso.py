@@ -57,11 +57,11 @@ def saved(c: Container, image: Path) -> None:
     c.delete()
 
 
-@pytest.mark.parametrize("flags", [[], ["--background"]])
+@pytest.mark.parametrize(("name", "flags"), [("vdso", []), ("vdso", ["--background"]), ("spaces", [])])
 def test_functions_at_other_places_lead_to_those_of_this_kernel(
-    flags: list[str], stage: Callable[[str], Stage], tmp: Path
+    name: str, flags: list[str], stage: Callable[[str], Stage], tmp: Path
 ) -> None:
-    play = stage("vdso")
+    play = stage(name)
     c = play.start()
     c.verify()
     saved(c, tmp / "image")

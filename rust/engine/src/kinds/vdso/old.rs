@@ -55,8 +55,12 @@ impl Old {
     pub fn adopt(inventory: &mut Inventory, code: &[u8], here: &Here) -> Result<Old> {
         let functions = (entries::of(code)?, entries::of(&here.code)?);
         let mut old = Old::default();
+        let threads = threads(inventory);
         for process in &mut inventory.processes {
-            let Some(body) = &mut process.body else { continue };
+            // Memory in common is changed once.
+            let Some(body) = process.body.as_mut().filter(|b| b.sharing.memory.is_none()) else {
+                continue;
+            };
             let kernel = body.memory.kernel.clone();
             let new = place(process.pid, body, here)?;
             for (at, &(start, len)) in kernel.iter().enumerate() {
@@ -71,8 +75,7 @@ impl Old {
                 return Err(Error::nonsense("its vdso is longer than its place"));
             }
             let skipped = inside(
-                process.pid,
-                body,
+                threads.get(&process.pid).map_or(&[], Vec::as_slice),
                 from.0,
                 code.len() as u64,
                 &functions.0,
@@ -105,20 +108,41 @@ impl Old {
     }
 }
 
+/// Where a thread stands.
+struct Place {
+    pid: i32,
+    tid: i32,
+    rip: u64,
+}
+
+/// All threads that use the memory of a process, by that process.
+fn threads(inventory: &Inventory) -> BTreeMap<i32, Vec<Place>> {
+    let mut all: BTreeMap<i32, Vec<Place>> = BTreeMap::new();
+    for process in &inventory.processes {
+        let Some(body) = &process.body else { continue };
+        let places = body.threads.iter().map(|thread| Place {
+            pid: process.pid,
+            tid: thread.tid,
+            rip: thread.cpu.regs.get(RIP).copied().unwrap_or(0),
+        });
+        let holder = body.sharing.memory.unwrap_or(process.pid);
+        all.entry(holder).or_default().extend(places);
+    }
+    all
+}
+
 /// Names of functions that begin where a thread stands on its first steps: no jump can be put under it. Says which threads
 /// may notice.
 fn inside(
-    pid: i32,
-    body: &Body,
+    threads: &[Place],
     start: u64,
     len: u64,
     functions: &BTreeMap<String, u64>,
     warnings: &mut Vec<String>,
 ) -> Result<Vec<String>> {
     let mut skipped = Vec::new();
-    for thread in &body.threads {
-        let rip = thread.cpu.regs.get(RIP).copied().unwrap_or(0);
-        let Some(at) = rip.checked_sub(start).filter(|at| *at < len) else {
+    for thread in threads {
+        let Some(at) = thread.rip.checked_sub(start).filter(|at| *at < len) else {
             continue;
         };
         let under = |f: &(&String, &u64)| (1..JUMP).contains(&at.wrapping_sub(*f.1));
@@ -134,9 +158,9 @@ fn inside(
         skipped.extend(under.into_iter().cloned());
         if !functions.values().any(|f| *f == at) {
             warnings.push(format!(
-                "thread {} of process {pid} was inside another kernel's vdso: a coarse clock or time(2) that it was just \
+                "thread {} of process {} was inside another kernel's vdso: a coarse clock or time(2) that it was just \
                  reading may tell 0",
-                thread.tid
+                thread.tid, thread.pid
             ));
         }
     }
