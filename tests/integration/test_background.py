@@ -11,7 +11,20 @@ from support.workloads import Stage
 
 pytestmark = [pytest.mark.requires("root", "command:gcc", "command:busybox"), pytest.mark.timeout(180)]
 
-SOME = ["threads", "memory", "signals", "sessions", "blocked", "rseq", "busy", "paging", "memfd", "late", "sharing", "spaces"]
+SOME = [
+    "threads",
+    "memory",
+    "signals",
+    "sessions",
+    "blocked",
+    "rseq",
+    "busy",
+    "paging",
+    "memfd",
+    "late",
+    "sharing",
+    "spaces",
+]
 
 
 def saved(play: Stage, tmp: Path) -> tuple[Container, Path]:
