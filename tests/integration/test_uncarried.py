@@ -1,13 +1,15 @@
 """State of processes that no image carries: refused by name, and the container does not notice."""
 
+import os
 import shutil
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 from support.cli import Container, Torpor, new_id
-from support.workloads import CAPS, compiled
+from support.workloads import CAPS, Stage, compiled
 
 pytestmark = [pytest.mark.requires("root", "command:gcc", "command:busybox")]
 
@@ -61,3 +63,44 @@ def test_a_32_bit_program_is_refused(busybox: Callable[..., Path], torpor: Torpo
     c = Container(torpor, bundle, new_id()).run().wait_ready()
     torpor.fails("checkpoint", "--image-path", tmp / "image", c.id, says="only 64-bit programs are carried")
     assert not (tmp / "image").exists() and c.status == "running"
+
+
+@contextmanager
+def moved(c: Container, task: int, file: str) -> Iterator[Path]:
+    """A task in a group below that of its container, until the end."""
+    entries = [line.split(":", 2) for line in Path(f"/proc/{c.pid}/cgroup").read_text().splitlines()]
+    home = Path("/sys/fs/cgroup/pids" + next(path for _, names, path in entries if names == "pids"))
+    below = home / "below"
+    below.mkdir()
+    (below / file).write_text(str(task))
+    try:
+        yield below
+    finally:
+        (home / file).write_text(str(task))
+        below.rmdir()
+
+
+@pytest.mark.requires("freezer-v1")
+@pytest.mark.parametrize("flags", [[], ["--leave-running"]])
+def test_a_process_in_a_group_below_is_refused(
+    flags: list[str], busybox: Callable[..., Path], torpor: Torpor, tmp: Path
+) -> None:
+    bundle = busybox(["/bin/uncarried", "child"], caps=CAPS)
+    shutil.copy2(compiled("uncarried"), bundle / "rootfs" / "bin" / "uncarried")
+    c = Container(torpor, bundle, new_id()).run().wait_ready()
+    child = next(pid for pid in c.host_pids() if pid != c.pid)
+    with moved(c, child, "cgroup.procs") as below:
+        says = f"process {child}: cgroup (pids): it is in {str(below).removeprefix('/sys/fs/cgroup/pids')}"
+        torpor.fails("checkpoint", "--image-path", tmp / "image", *flags, c.id, says=says)
+        c.verify()
+    assert not (tmp / "image").exists() and c.status == "running"
+    c.checkpoint(tmp / "image", *flags)
+
+
+@pytest.mark.requires("freezer-v1")
+def test_a_thread_in_a_group_below_is_refused(stage: Callable[[str], Stage], torpor: Torpor, tmp: Path) -> None:
+    c = stage("threads").start()
+    tid = max(int(tid) for tid in os.listdir(f"/proc/{c.pid}/task"))
+    with moved(c, tid, "tasks"):
+        torpor.fails("checkpoint", "--image-path", tmp / "image", c.id, says="cgroup (pids): it is in ")
+    c.verify()

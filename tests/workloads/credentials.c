@@ -110,6 +110,7 @@ static void verify(void) {
     CHECK(prctl(PR_GET_SECUREBITS) == securebits, "securebits %x, were %x", prctl(PR_GET_SECUREBITS), securebits);
     CHECK(prctl(PR_GET_NO_NEW_PRIVS, 0, 0, 0, 0) == 1, "no_new_privs is off");
     check_filters("main", 71, 72);
+    CHECK(prctl(PR_GET_DUMPABLE) == 1, "dumpable %d", prctl(PR_GET_DUMPABLE));
     sem_post(&go);
     sem_wait(&done);
 }
@@ -133,6 +134,7 @@ int main(void) {
     pthread_t thread;
     MUST0(pthread_create(&thread, NULL, other, NULL));
     sem_wait(&done);
+    prctl(PR_SET_DUMPABLE, 1); /* the other thread has changed its ids since */
     /* the second filter goes to both threads */
     struct sock_filter code[] = {
         BPF_STMT(BPF_LD | BPF_W | BPF_ABS, offsetof(struct seccomp_data, nr)),

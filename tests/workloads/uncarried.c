@@ -105,6 +105,8 @@ int main(int argc, char **argv) {
         crossed();
     else if (!strcmp(kind, "shared-memory"))
         siblings();
+    else if (!strcmp(kind, "child"))
+        made_with(0);
     else if (!strcmp(kind, "pid-namespace"))
         made_with(CLONE_NEWPID);
     else if (!strcmp(kind, "pid-for-children"))

@@ -19,8 +19,8 @@ use crate::error::{About, Error, Result};
 use crate::freeze::{Frozen, FrozenProcess};
 use crate::kinds::inet::{Hold, connection::Policy};
 use crate::kinds::{
-    clocks, console, cpu, creds, files, fs, ipc, keyrings, landlock, memory, mounts, paths, posix_timers, restart,
-    seccomp, settings, shared, sharing, signals, tasks, timers, tmpfs, vdso,
+    cgroups, clocks, console, cpu, creds, files, fs, ipc, keyrings, landlock, memory, mounts, paths, posix_timers,
+    restart, seccomp, settings, shared, sharing, signals, tasks, timers, tmpfs, vdso,
 };
 use crate::model::{Body, Inventory, Process, Thread};
 use crate::track::Tracking;
@@ -129,6 +129,7 @@ pub fn collect(
     };
     inventory.vdso = vdso::collect(blob)?;
     let mut sources = Vec::new();
+    let groups = cgroups::Watch::of(init)?;
     let mut watch = restart::Watch::default();
     let mut landlock = landlock::Watch::new(init, &maps);
     for process in &members {
@@ -136,6 +137,7 @@ pub fn collect(
         let known = sources.iter().find(|s: &&Source| s.pid == holder);
         let subject = Subject::of(process, known.map(|s| s.vmas.as_slice()), &mut advance)?;
         check_namespaces(process.pid, init)?;
+        groups.check(process)?;
         let mut ctx = Context {
             frozen,
             init,

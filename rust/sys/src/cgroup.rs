@@ -7,6 +7,32 @@ use std::time::{Duration, Instant};
 use crate::error::{Error, Result};
 use crate::{Pid, proc, wait};
 
+/// Whether the groups that `pid` is in have groups of their own; true also where that cannot be seen.
+pub fn has_groups_below(pid: Pid) -> Result<bool> {
+    let mounts = proc::mountinfo(std::process::id() as Pid)?;
+    let has_controllers = |mount: &proc::Mount, entry: &proc::CgroupEntry| {
+        let options: Vec<&str> = mount.super_options.split(',').collect();
+        entry.controllers.iter().all(|c| options.contains(&c.as_str()))
+    };
+    let is_of = |mount: &proc::Mount, entry: &proc::CgroupEntry| match entry.controllers.is_empty() {
+        true => mount.fs_type == "cgroup2",
+        false => mount.fs_type == "cgroup" && has_controllers(mount, entry),
+    };
+    for entry in proc::cgroup(pid)?.iter().filter(|e| e.path != "/") {
+        let Some(mount) = mounts.iter().find(|m| is_of(m, entry)) else {
+            return Ok(true);
+        };
+        let dir = Path::new(&mount.point).join(entry.path.trim_start_matches('/'));
+        let Ok(mut inside) = fs::read_dir(dir) else {
+            return Ok(true);
+        };
+        if inside.any(|e| e.is_ok_and(|e| e.file_type().is_ok_and(|t| t.is_dir()))) {
+            return Ok(true);
+        }
+    }
+    Ok(false)
+}
+
 /// The freezer of a container's cgroup.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Freezer {

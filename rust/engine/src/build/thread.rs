@@ -55,7 +55,12 @@ impl Skeleton {
         for (thread, (_, site)) in body.threads.iter().zip(self.sites_of(process.pid)?) {
             self.last(inventory, body, thread, site)?;
         }
-        Ok(())
+        let mut batch = Batch::new();
+        settings::rebuild_dumpable(&mut batch, &body.settings);
+        self.site(process.pid)?
+            .run(&batch)
+            .about(process.pid, "settings")
+            .map(drop)
     }
 
     fn last(&self, inventory: &Inventory, body: &Body, thread: &Thread, site: &Site) -> Result<()> {
@@ -64,7 +69,7 @@ impl Skeleton {
         let leader = body.threads.first().map_or(tid, |t| t.tid);
         let mut batch = Batch::new();
         creds::rebuild(&mut batch, &thread.creds, capabilities_of(site.tid())?);
-        settings::rebuild_after_creds(&mut batch, is_leader.then_some(&body.settings), &thread.settings);
+        settings::rebuild_after_creds(&mut batch, &thread.settings);
         let shared: &[signals::Info] = if is_leader { &body.signals.pending } else { &[] };
         signals::rebuild_pending(&mut batch, leader, tid, shared, &thread.signals.pending);
         if is_leader || thread.own.fds.is_some() {

@@ -383,12 +383,18 @@ pub fn lower(pid: i32, state: &mut ProcessState, init: Pid, bounds: &Bounds) -> 
 }
 
 /// What a changed id clears, so it comes after the credentials.
-pub fn rebuild_after_creds(batch: &mut Batch, process: Option<&ProcessState>, thread: &ThreadState) {
+pub fn rebuild_after_creds(batch: &mut Batch, thread: &ThreadState) {
     let prctl = libc::SYS_prctl;
     let death = thread.parent_death_signal;
     batch.must("PR_SET_PDEATHSIG", prctl, [libc::PR_SET_PDEATHSIG.into(), death.into()]);
+}
+
+/// Whether others may look into its memory: what a changed id of any of its threads clears (commit_creds() of the kernel),
+/// so it comes after the credentials of the last.
+pub fn rebuild_dumpable(batch: &mut Batch, state: &ProcessState) {
+    let prctl = libc::SYS_prctl;
     // 2 (suid_dumpable) cannot be set by prctl; the kernel gives it by itself where it applies.
-    if let Some(state) = process.filter(|s| s.dumpable < 2) {
+    if state.dumpable < 2 {
         batch.must(
             "PR_SET_DUMPABLE",
             prctl,
