@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from support import bundles, procs
 from support.cli import Container, Torpor, new_id
+from support.image_edit import edit
 from support.workloads import compiled
 
 from .conftest import WAITER
@@ -273,31 +274,33 @@ def test_what_runtimes_add_is_not_missed(torpor: Torpor, busybox: Make, tmp: Pat
 # -- IPC -------------------------------------------------------------------------------------------
 
 KINDS = {
-    "shm": ("System V shared memory", "0x70727030", "ipcrm -m"),
-    "sem": ("System V semaphores", "0x70727030", "ipcrm -s"),
-    "msg": ("System V message queue", "0x70727030", "ipcrm -q"),
-    "mq": ("POSIX message queue /queue", "mq_unlink"),
+    "shm": "System V shared memory",
+    "sem": "System V semaphores",
+    "msg": "System V message queue",
+    "mq": "POSIX message queue /queue",
 }
+CARRIED = ["shm", "sem", "msg"]
+HOST_IPC = ("pid", "network", "uts", "mount")
 
 
 def ipc(busybox: Make, *args: str, mqueue: bool = True, **more: Any) -> Path:
-    def edit(config: dict[str, Any]) -> None:
+    def without(config: dict[str, Any]) -> None:
         if not mqueue:
             config["mounts"] = [m for m in config["mounts"] if m["type"] != "mqueue"]
 
-    bundle = busybox(["/bin/ipc", *args], edit=edit, **more)
+    bundle = busybox(["/bin/ipc", *args], edit=without, **more)
     shutil.copy2(compiled("ipc"), bundle / "rootfs" / "bin" / "ipc")
     return bundle
 
 
 @pytest.mark.requires("command:gcc")
 @pytest.mark.parametrize("mqueue", [True, False])
-@pytest.mark.parametrize("kind", KINDS)
-def test_ipc_objects_are_refused_by_name(torpor: Torpor, busybox: Make, tmp: Path, kind: str, mqueue: bool) -> None:
-    c = started(torpor, ipc(busybox, kind, mqueue=mqueue))
+def test_message_queues_are_refused_by_name(torpor: Torpor, busybox: Make, tmp: Path, mqueue: bool) -> None:
+    c = started(torpor, ipc(busybox, "mq", mqueue=mqueue))
     pids = c.host_pids()
     for flags in ([], ["--leave-running"]):
-        torpor.fails("checkpoint", "--image-path", tmp / "image", *flags, c.id, says=KINDS[kind])
+        says = (KINDS["mq"], "mq_unlink")
+        torpor.fails("checkpoint", "--image-path", tmp / "image", *flags, c.id, says=says)
         assert not (tmp / "image").exists()
         c.verify()
     assert c.host_pids() == pids and c.status == "running"
@@ -311,9 +314,83 @@ def test_ipc_objects_that_are_gone_do_no_harm(torpor: Torpor, busybox: Make, tmp
     restored(torpor, tmp / "image", c.bundle).verify()
 
 
+@pytest.mark.requires("command:gcc")
+@pytest.mark.parametrize("kind", CARRIED)
+def test_ipc_objects_need_a_namespace_of_their_own(torpor: Torpor, busybox: Make, tmp: Path, kind: str) -> None:
+    c = started(torpor, ipc(busybox, kind))
+    c.checkpoint(tmp / "image")
+    shared = ipc(busybox, kind, namespaces=HOST_IPC, mqueue=False)
+    refused(torpor, tmp / "image", shared, f"1 {KINDS[kind]}", "IPC namespace of its own")
+    joined = busybox(["true"], edit=joins("ipc", "/proc/1/ns/ipc"))
+    refused(torpor, tmp / "image", joined, f"1 {KINDS[kind]}", "IPC namespace of its own")
+    restored(torpor, tmp / "image", c.bundle).verify()
+
+
+def joins(kind: str, path: str) -> Callable[[dict[str, Any]], None]:
+    def join(config: dict[str, Any]) -> None:
+        (namespace,) = [n for n in config["linux"]["namespaces"] if n["type"] == kind]
+        namespace["path"] = path
+
+    return join
+
+
+@pytest.mark.requires("command:gcc")
+@pytest.mark.parametrize("grants", [True, False])
+def test_limits_of_system_v_ipc_that_were_changed(torpor: Torpor, busybox: Make, tmp: Path, grants: bool) -> None:
+    """They come back where the container may change them."""
+    script = "echo 123456 > /proc/sys/kernel/shmmax; echo 77 > /proc/sys/kernel/msgmni; " + WAITER
+
+    def writable(config: dict[str, Any]) -> None:
+        config["linux"]["readonlyPaths"] = []
+
+    def fixed(config: dict[str, Any]) -> None:
+        writable(config)
+        config["linux"]["sysctl"] = {"kernel.msgmni": "99"}
+
+    admin = [*bundles.DOCKER_CAPS, "CAP_SYS_ADMIN"]
+    c = started(torpor, busybox(["sh", "-c", script], caps=admin, edit=writable))
+    assert inside(c, "/proc/sys/kernel/shmmax").exists()
+    c.checkpoint(tmp / "image")
+    caps = admin if grants else bundles.DOCKER_CAPS
+    again = restored(torpor, tmp / "image", busybox(["true"], caps=caps, edit=fixed))
+    read = again.exec("cat", "/proc/sys/kernel/shmmax", "/proc/sys/kernel/msgmni").out.split()
+    assert (read[0] == "123456") == grants, read
+    assert read[1] == "99", "the new container's spec sets this one itself"
+    again.verify()
+
+
+@pytest.mark.requires("command:gcc")
+def test_an_image_cannot_lock_more_memory_than_the_container_may(torpor: Torpor, busybox: Make, tmp: Path) -> None:
+    def limited(config: dict[str, Any]) -> None:
+        config["process"]["rlimits"] = [{"type": "RLIMIT_MEMLOCK", "soft": 4096, "hard": 4096}]
+
+    bundle = ipc(busybox, "shm")
+    started(torpor, bundle).checkpoint(tmp / "image")
+
+    def locks(metadata: dict[str, Any]) -> None:
+        (segment,) = metadata["ipc"]["segments"]
+        segment["locked"] = True
+        for process in metadata["processes"]:
+            process["body"]["settings"]["limits"][8] = [4096, 4096]
+
+    edit(tmp / "image", tmp / "forged", locks)
+    refused(torpor, tmp / "forged", busybox(["true"], edit=limited), "the image locks 8192 bytes", "RLIMIT_MEMLOCK")
+
+
+@pytest.mark.requires("command:gcc", "command:ipcrm")
+def test_attached_memory_of_the_host_is_refused(torpor: Torpor, busybox: Make, tmp: Path) -> None:
+    c = started(torpor, ipc(busybox, "shm", "attached", namespaces=HOST_IPC, mqueue=False))
+    try:
+        says = ("/SYSV70727030", "not the container's own")
+        torpor.fails("checkpoint", "--image-path", tmp / "image", c.id, says=says)
+        c.verify()
+    finally:
+        subprocess.run(["ipcrm", "-M", "0x70727030"], check=True)
+
+
 @pytest.mark.requires("command:gcc", "command:ipcrm")
 def test_ipc_of_the_host_outlives_the_container(torpor: Torpor, busybox: Make, tmp: Path) -> None:
-    bundle = ipc(busybox, "sem", namespaces=("pid", "network", "uts", "mount"), mqueue=False)
+    bundle = ipc(busybox, "sem", namespaces=HOST_IPC, mqueue=False)
     c = started(torpor, bundle)
     try:
         c.checkpoint(tmp / "image")

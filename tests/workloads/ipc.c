@@ -1,5 +1,6 @@
-/* One object in an IPC namespace, of the kind that the first argument says: shm, sem, msg or mq. So far such a container is refused: the
- * object must be named, and be there and work afterwards. With "gone" as second argument it is removed before READY. */
+/* One object in an IPC namespace, of the kind that the first argument says: shm, sem, msg or mq. Where such a container is refused, the
+ * object must be named, and be there and work afterwards. With "gone" as second argument it is removed before READY, with "attached" a
+ * segment stays attached. */
 #include "workload.h"
 #include <mqueue.h>
 #include <sys/ipc.h>
@@ -10,7 +11,7 @@
 #define KEY 0x70727030
 
 static const char *kind;
-static int is_gone;
+static int is_gone, is_attached;
 static int id = -1;
 
 struct message { long type; char text[8]; };
@@ -23,7 +24,7 @@ static void make(void) {
         id = MUST(shmget(KEY, 8192, IPC_CREAT | IPC_EXCL | 0600));
         char *at = MUST(shmat(id, NULL, 0));
         strcpy(at, "segment");
-        MUST(shmdt(at));
+        if (!is_attached) MUST(shmdt(at));
     } else if (is("sem")) {
         id = MUST(semget(KEY, 1, IPC_CREAT | IPC_EXCL | 0600));
         MUST(semctl(id, 0, SETVAL, 3));
@@ -62,7 +63,8 @@ static void verify(void) {
 int main(int argc, char **argv) {
     wl_init();
     kind = argc > 1 ? argv[1] : "shm";
-    is_gone = argc > 2;
+    is_gone = argc > 2 && !strcmp(argv[2], "gone");
+    is_attached = argc > 2 && !is_gone;
     make();
     if (is_gone) {
         if (is("shm")) MUST(shmctl(id, IPC_RMID, NULL));

@@ -12,6 +12,7 @@ use torpor_sys::proc::{self, Status, Vma};
 
 use crate::error::{About, Result};
 use crate::freeze;
+use crate::kinds::ipc;
 
 /// Flags that a twin does not inherit (fork(2), userfaultfd(2)), or that come and go by themselves.
 const NOT_INHERITED: [&[u8; 2]; 6] = [b"lo", b"lf", b"um", b"uw", b"ui", b"sd"];
@@ -33,9 +34,10 @@ impl Advance {
 
     /// The mappings of a process that has stopped, and whether a twin has to confirm their flags.
     pub fn settle(&mut self, pid: Pid, status: &Status) -> Result<(Vec<Vma>, bool)> {
-        // A twin cannot tell what is locked.
+        // A twin cannot tell what is locked, and has no System V shared memory.
         let known = self.0.remove(&pid).filter(|_| status.locked_kib == 0);
-        if let Some(known) = known.filter(|k| !k.iter().any(|v| v.has(b"lo"))) {
+        let untold = |v: &Vma| v.has(b"lo") || ipc::is_segment(v);
+        if let Some(known) = known.filter(|k| !k.iter().any(untold)) {
             let now = proc::maps(pid).about(pid, "maps")?;
             if is_same_list(&known, &now) {
                 return Ok((known, true));

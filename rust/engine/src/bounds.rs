@@ -1,5 +1,7 @@
 //! What a container may do at most, from its spec: an image is data from outside and cannot give it more.
 
+use std::collections::BTreeSet;
+
 use serde_json::Value;
 
 /// What the new container's spec grants at most.
@@ -17,10 +19,15 @@ pub struct Bounds {
     pub only_gids: Option<Vec<u32>>,
     /// The RLIMIT_* numbers that process.rlimits sets.
     pub limits: Vec<usize>,
+    /// Whether linux.namespaces has an IPC namespace that is made for the container.
+    pub has_own_ipc: bool,
+    /// What linux.sysctl sets, as paths under /proc/sys.
+    pub sysctls: BTreeSet<String>,
 }
 
 const CAP_SETGID: u64 = 6;
 const CAP_SETUID: u64 = 7;
+const CAP_SYS_ADMIN: u64 = 21;
 /// For timers that wake a machine from sleep (timer_create(2), timerfd_create(2)).
 pub const CAP_WAKE_ALARM: u64 = 35;
 
@@ -94,6 +101,15 @@ fn limit(entry: &Value) -> Option<usize> {
     LIMITS.iter().position(|l| *l == name)
 }
 
+/// Whether a config.json has a namespace of a kind made for the container; an empty one tells nothing against it.
+pub fn has_own_namespace(spec: &Value, kind: &str) -> bool {
+    let Some(all) = spec["linux"]["namespaces"].as_array() else {
+        return spec["linux"].is_null();
+    };
+    let is_made = |n: &&Value| n["path"].as_str().unwrap_or_default().is_empty();
+    all.iter().filter(is_made).any(|n| n["type"] == kind)
+}
+
 fn mask(names: &Value) -> u64 {
     let number = |name: &Value| {
         let name = name.as_str()?.strip_prefix("CAP_")?;
@@ -139,7 +155,19 @@ impl Bounds {
                 .flatten()
                 .filter_map(limit)
                 .collect(),
+            has_own_ipc: has_own_namespace(spec, "ipc"),
+            sysctls: spec["linux"]["sysctl"]
+                .as_object()
+                .into_iter()
+                .flat_map(|all| all.keys().map(|name| name.replace('.', "/")))
+                .collect(),
         }
+    }
+
+    /// Whether the container may set the limits of its own IPC namespace (ipc_permissions in ipc/ipc_sysctl.c: only the
+    /// root user of the namespace that it belongs to, where /proc/sys can be written, which takes a mount).
+    pub fn may_change_limits(&self) -> bool {
+        self.has_own_ipc && self.grants(CAP_SYS_ADMIN)
     }
 
     /// Whether a program of the container may have this capability.
@@ -177,6 +205,18 @@ mod tests {
         let of = bounds(&serde_json::json!({"noNewPrivileges": true}));
         assert_eq!((of.capabilities, of.bounding), (0b10_0000, 0b110_0001));
         assert_eq!((of.only_uid, of.only_gids), (Some(7), Some(vec![8, 9])));
+    }
+
+    #[test]
+    fn a_namespace_with_a_path_is_somebody_elses() {
+        let spec = |one: Value| serde_json::json!({"linux": {"namespaces": [{"type": "pid"}, one]}});
+        let is_own = |spec: &Value| Bounds::of(spec).has_own_ipc;
+        assert!(is_own(&spec(serde_json::json!({"type": "ipc"}))));
+        assert!(!is_own(&spec(
+            serde_json::json!({"type": "ipc", "path": "/proc/1/ns/ipc"})
+        )));
+        assert!(!is_own(&spec(serde_json::json!({"type": "uts"}))));
+        assert!(is_own(&Value::Null));
     }
 
     #[test]

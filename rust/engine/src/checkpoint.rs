@@ -16,7 +16,7 @@ use crate::kinds::inet::connection::Policy;
 use crate::kinds::memory::Area;
 use crate::stage::{Cancel, Run, Stage, Timing};
 use crate::track::{Tracker, Tracking};
-use crate::{capture, collect, freeze, guards, huge, twin};
+use crate::{bounds, capture, collect, freeze, guards, huge, twin};
 
 /// What to do.
 #[derive(Debug, Deserialize)]
@@ -178,6 +178,7 @@ fn attempt(
             advance,
             &tracking,
             request.pre_dump,
+            bounds::has_own_namespace(&request.spec, "ipc"),
             request.policy(),
             &mut |bytes| {
                 cancel.check()?;

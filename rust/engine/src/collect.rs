@@ -83,12 +83,13 @@ struct Subject<'f> {
 }
 
 /// Collects. `advance` is what is known already; `blob` stores bytes in the image. `tracking` says which mappings are watched by us; with `memory_only` the
-/// contents of file systems in memory are left out.
+/// contents of file systems in memory are left out; `has_own_ipc` is what the spec says of the container's IPC namespace.
 pub fn collect(
     frozen: &Frozen,
     mut advance: Advance,
     tracking: &Tracking,
     memory_only: bool,
+    has_own_ipc: bool,
     policy: Policy,
     blob: &mut dyn FnMut(&[u8]) -> Result<BlobRef>,
 ) -> Result<Collected> {
@@ -99,7 +100,6 @@ pub fn collect(
         .ok_or_else(|| Error::nonsense("no process"))?;
     let mut inventory = Inventory::default();
     let view = paths::View::of(init)?;
-    ipc::check(init)?;
     let mounts = mounts::Table::of(init)?;
     mounts.check()?;
     inventory.mounts = mounts.seen();
@@ -119,6 +119,17 @@ pub fn collect(
             .filter_map(|p| Some((p.pid, inner_pid(p.pid)?)))
             .collect(),
     );
+    let stopped: Vec<Pid> = frozen.processes.iter().map(|p| p.pid).collect();
+    let scene = ipc::Scene {
+        init,
+        stopped: &stopped,
+        inner: &names.0,
+        maps: &maps,
+        is_own: has_own_ipc,
+    };
+    inventory.ipc = ipc::collect(&scene, &mut tables.shared, blob, &mut inventory.warnings)?;
+    let sets = inventory.ipc.as_ref().map_or(&[][..], |ipc| &ipc.semaphores);
+    let mut semaphores = ipc::semaphores::Watch::new(sets)?;
     let mut survey = files::Survey::default();
     // All before the first file is opened for a look: a program that watches it would have an event to read.
     let fd_tables = fd_tables(&members, &sharing, &mut survey)?;
@@ -148,6 +159,7 @@ pub fn collect(
             watch: &mut watch,
             vdso: &inventory.vdso,
             landlock: &mut landlock,
+            semaphores: &mut semaphores,
             blob,
             beside: instructions_beside(&members, &sharing, process.pid)?,
         };
@@ -358,6 +370,7 @@ struct Context<'a, 'v> {
     watch: &'a mut restart::Watch,
     vdso: &'a vdso::State,
     landlock: &'a mut landlock::Watch<'v>,
+    semaphores: &'a mut ipc::semaphores::Watch,
     blob: &'a mut dyn FnMut(&[u8]) -> Result<BlobRef>,
     /// Where threads of other processes are that use the same memory.
     beside: Vec<u64>,
@@ -443,7 +456,7 @@ impl<'f> Subject<'f> {
         // After an error the code stays: a thread that could not be brought home is still on its way through it.
         let (mut threads, answers) = self.ask_all(&before, &door, ctx)?;
         door.close().about(pid, "visit")?;
-        let (mut signals, settings, timers, mut posix_timers, inside) = answers;
+        let (mut signals, settings, timers, mut posix_timers, inside, undo) = answers;
         posix_timers::take_pending(&mut posix_timers, &mut signals.pending);
         for thread in &mut threads {
             posix_timers::take_pending(&mut posix_timers, &mut thread.signals.pending);
@@ -460,6 +473,7 @@ impl<'f> Subject<'f> {
             timers,
             posix_timers,
             locks: Vec::new(),
+            undo,
             settings,
             sharing: sharing::State::default(),
         };
@@ -490,6 +504,7 @@ impl<'f> Subject<'f> {
             timers::State,
             Vec<posix_timers::State>,
             memory::Inside,
+            Vec<ipc::semaphores::Undo>,
         ),
     )> {
         let pid = self.frozen.pid;
@@ -507,17 +522,21 @@ impl<'f> Subject<'f> {
                     let mut run = |batch: &Batch| visit.run(batch).about(pid, "POSIX timers");
                     let timers = posix_timers::collect(pid, self.status.cap_effective, &mut run, ctx.warnings)?;
                     let mut run = |batch: &Batch| visit.run(batch).about(pid, "memory");
-                    Some((timers, memory::ask(&self.vmas, &mut run)?))
+                    let inside = memory::ask(&self.vmas, &mut run)?;
+                    let mut run = |batch: &Batch| visit.run(batch).about(pid, "semaphores");
+                    let undo = ctx.semaphores.ask(pid, &self.frozen.threads, &mut run, ctx.warnings)?;
+                    Some((timers, inside, undo))
                 }
             };
             visit.leave().about(thread.tid, "visit")?;
-            if let (Some((signals, settings, timers)), Some((posix_timers, inside))) = (asked.process, alone) {
+            if let (Some((signals, settings, timers)), Some((posix_timers, inside, undo))) = (asked.process, alone) {
                 of_process = Some((
                     signals::answer_process(pid, signals, &results)?,
                     settings::answer_process(pid, ctx.init, &settings, &results)?,
                     timers::answer(timers, &results),
                     posix_timers,
                     inside,
+                    undo,
                 ));
             }
             keyrings::check(inner, &asked.keys, &results)?;

@@ -28,6 +28,9 @@ pub struct Inventory {
     /// Files in memory.
     #[serde(default)]
     pub tmpfs: Vec<kinds::tmpfs::State>,
+    /// What is in its IPC namespace; `None` when that is not its own.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub ipc: Option<kinds::ipc::State>,
     /// The container's terminal, when it has one.
     pub console: Option<kinds::console::State>,
     /// What was seen and left out, in words.
@@ -79,6 +82,9 @@ pub struct Body {
     /// File locks that belong to the process.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub locks: Vec<kinds::locks::Posix>,
+    /// What is done to System V semaphores when it ends.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub undo: Vec<kinds::ipc::semaphores::Undo>,
     /// Limits and other settings of the process.
     pub settings: kinds::settings::ProcessState,
     /// What is held for it by another process.
@@ -153,7 +159,9 @@ impl Inventory {
         let is_apart = |body: &Body| !body.sharing.is_nothing() || body.threads.iter().any(|t| !t.own.is_nothing());
         let sharing = bodies().any(is_apart).then_some(torpor_image::SHARING);
         let of_objects = self.descriptions.iter().filter_map(|d| d.object.requires());
-        of_objects.chain(sharing).collect()
+        let has_ipc = self.ipc.as_ref().is_some_and(|ipc| !ipc.is_empty());
+        let ipc = has_ipc.then_some(torpor_image::SYSTEM_V);
+        of_objects.chain(sharing).chain(ipc).collect()
     }
 
     /// Every descriptor table once.

@@ -10,7 +10,7 @@ use crate::bounds::Bounds;
 use crate::build::Lineage;
 use crate::error::{About, Error, Result};
 use crate::kinds::files::{Descriptor, Object};
-use crate::kinds::{clocks, creds, mounts, scheduling, settings, sharing, timerfd, unix, vdso};
+use crate::kinds::{clocks, creds, ipc, mounts, scheduling, settings, sharing, timerfd, unix, vdso};
 use crate::model::{Body, Inventory, Process, Thread};
 
 const CAP_SYS_NICE: u64 = 23;
@@ -22,6 +22,9 @@ pub fn plan(inventory: &Inventory, init: Pid, bounds: &Bounds) -> Result<()> {
     sharing::plan(inventory, &Lineage::of(inventory))?;
     inventory.clocks.as_ref().map_or(Ok(()), clocks::plan)?;
     mounts::plan(&inventory.mounts, init)?;
+    if let Some(ipc) = &inventory.ipc {
+        ipc::plan(ipc, &inventory.objects.shared, init, bounds)?;
+    }
     let limits = proc::limits(init).about(init, "limits")?;
     for process in &inventory.processes {
         if let Some(body) = &process.body {
@@ -62,6 +65,7 @@ pub fn lower(inventory: &mut Inventory, init: Pid, bounds: &Bounds) -> Result<()
         said.extend(body.threads.iter_mut().filter_map(lowered));
         body.settings.autogroup_nice = body.settings.autogroup_nice.max(most.least_nice());
     }
+    said.extend(inventory.ipc.iter_mut().flat_map(|state| ipc::lower(state, bounds)));
     inventory.warnings.append(&mut said);
     Ok(())
 }

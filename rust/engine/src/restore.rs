@@ -181,6 +181,7 @@ fn resume(
     for (state, file) in inventory.objects.shared.iter().zip(&objects.files.shared) {
         shared::rebuild_seals(state, file)?;
     }
+    skeleton.set_semaphores(inventory)?;
     let late = Late::keep(inventory, &objects)?;
     drop(objects);
     late.watch(&skeleton)?;

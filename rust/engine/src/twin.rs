@@ -22,7 +22,7 @@ use crate::advance;
 use crate::collect::Source;
 use crate::error::{About, Error, Result};
 use crate::freeze;
-use crate::kinds::{cpu, memory};
+use crate::kinds::{cpu, ipc, memory};
 
 const TABLE: u64 = 16 * 1024;
 
@@ -110,7 +110,7 @@ impl Twins {
             let pid = visit.twin().about(original, "twin")?;
             let inner = inner_pid(pid).unwrap_or(pid);
             self.all.push(Twin { pid, inner, original });
-            isolate(door, pid, inner)
+            isolate(door, pid, inner, &source.vmas)
         });
         ptrace::set_options(original, options).about(original, "twin")?;
         made
@@ -159,7 +159,7 @@ impl Twins {
 }
 
 /// Takes from a twin what others could notice.
-fn isolate(door: &Door<'_>, pid: Pid, inner: i32) -> Result<()> {
+fn isolate(door: &Door<'_>, pid: Pid, inner: i32, vmas: &[Vma]) -> Result<()> {
     proc::give_up_first(pid).about(pid, "twin")?;
     let memory = Memory::open(pid).about(pid, "twin")?;
     let mut batch = Batch::new();
@@ -172,6 +172,15 @@ fn isolate(door: &Door<'_>, pid: Pid, inner: i32) -> Result<()> {
     let inside = door.of_twin(&memory, pid, inner);
     let mut visit = inside.enter_twin().about(pid, "twin")?;
     visit.run(&batch).about(pid, "twin")?;
+    // It is not read from a twin, and would count as attached once more.
+    let attached: Vec<&Vma> = vmas.iter().filter(|v| ipc::is_segment(v)).collect();
+    for group in attached.chunks(100) {
+        let mut batch = Batch::new();
+        for vma in group {
+            batch.must("munmap", libc::SYS_munmap, [vma.start.into(), vma.len().into()]);
+        }
+        visit.run(&batch).about(pid, "twin")?;
+    }
     // It has no home to go to: it stays where it is until it is ended.
     visit.stay();
     Ok(())

@@ -30,14 +30,18 @@ pub const SHARING: &str = "sharing";
 /// Required of the reader of an image in whose unix sockets there is more in flight than bytes: open files, credentials,
 /// connections that wait. One that does not know them would leave them out.
 pub const IN_FLIGHT: &str = "in-flight";
+/// Required of the reader of an image that holds objects of System V IPC, or limits of theirs: one that does not know them
+/// would leave them out.
+pub const SYSTEM_V: &str = "system-v-ipc";
 /// The abilities that this reader has, each with the minor version that brought it.
-const KNOWN: [(&str, u16); 6] = [
+const KNOWN: [(&str, u16); 7] = [
     (PARENT, 1),
     ("lz4", 1),
     ("zstd", 1),
     (CONNECTIONS, 2),
     (SHARING, 3),
     (IN_FLIGHT, 3),
+    (SYSTEM_V, 3),
 ];
 
 /// The image that an image goes on from: known by its content, so that another one at the same place is refused.

@@ -41,7 +41,7 @@ mod writeback;
 
 pub use codec::Compression;
 pub use error::Error;
-pub use header::{CONNECTIONS, HeaderInfo, IN_FLIGHT, Parent, SHARING};
+pub use header::{CONNECTIONS, HeaderInfo, IN_FLIGHT, Parent, SHARING, SYSTEM_V};
 pub use layout::{
     BLOCK_SIZE, BlobRef, FILE_NAME, MAJOR, MAX_CHAIN, MAX_DATA, MAX_JSON, MAX_NAME, MAX_RUNS, MAX_SECTIONS, MINOR,
     PAGE_SIZE, PageRun, SectionInfo, SectionKind,

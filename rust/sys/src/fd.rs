@@ -285,6 +285,16 @@ pub fn reopen(fd: impl AsFd, flags: i32) -> Result<OwnedFd> {
     open(&format!("/proc/self/fd/{}", fd.as_fd().as_raw_fd()), flags)
 }
 
+/// Whether a file is made of huge pages.
+pub fn is_hugetlb(fd: impl AsFd) -> Result<bool> {
+    let fd = fd.as_fd().as_raw_fd();
+    // SAFETY: a struct of plain integers, for which zeroes are valid.
+    let mut of: libc::statfs = unsafe { std::mem::zeroed() };
+    // SAFETY: room for the result.
+    check(unsafe { libc::fstatfs(fd, &raw mut of) }.into(), "fstatfs", fd)?;
+    Ok(of.f_type == libc::HUGETLBFS_MAGIC)
+}
+
 /// lseek(2) to an absolute position.
 pub fn seek(fd: impl AsFd, pos: i64) -> Result<()> {
     let fd = fd.as_fd().as_raw_fd();

@@ -22,6 +22,39 @@ pub fn fork(child: impl FnOnce() -> i32) -> Result<Pid> {
     unsafe { libc::_exit(code) }
 }
 
+/// A child of ours that does nothing and ends with this: it has only what every new process has.
+#[derive(Debug)]
+pub struct Idler(Pid);
+
+impl Idler {
+    /// Makes it.
+    pub fn start() -> Result<Idler> {
+        fork(|| {
+            // SAFETY: plain numbers. It ends with the thread that made it, which waits for nobody.
+            unsafe {
+                libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL);
+                loop {
+                    libc::pause();
+                }
+            }
+        })
+        .map(Idler)
+    }
+
+    /// Its id.
+    pub fn pid(&self) -> Pid {
+        self.0
+    }
+}
+
+impl Drop for Idler {
+    fn drop(&mut self) {
+        let _ = kill(self.0, libc::SIGKILL);
+        // SAFETY: waits for a child of ours and is told nothing.
+        unsafe { libc::waitpid(self.0, std::ptr::null_mut(), 0) };
+    }
+}
+
 /// Makes the calling process its own: new session, a name, default signal handling, no descriptor but those
 /// in `keep` and 0-2, which become /dev/null.
 pub fn become_independent(name: &std::ffi::CStr, keep: &[RawFd]) -> Result<()> {

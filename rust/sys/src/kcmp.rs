@@ -16,6 +16,8 @@ pub enum Kind {
     Fs = 3,
     /// Signal handlers.
     Sighand = 4,
+    /// Adjustments of System V semaphores at the end of a process (SEM_UNDO).
+    SysvSem = 6,
 }
 
 /// Orders the objects of two tasks; equal means shared. The order is stable while both live.

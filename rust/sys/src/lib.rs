@@ -24,6 +24,7 @@ pub mod sched;
 pub mod sleepers;
 pub mod socket;
 pub mod start;
+pub mod sysv;
 pub mod timens;
 pub mod track;
 pub mod tree;

@@ -26,3 +26,20 @@ pub fn within<T: Send>(pid: Pid, kinds: &[&str], look: impl FnOnce() -> Result<T
         })
     })
 }
+
+/// Runs `look` in a new thread in an IPC namespace that was made for it and ends with it.
+pub fn in_fresh_ipc<T: Send>(look: impl FnOnce() -> Result<T> + Send) -> Result<T> {
+    std::thread::scope(|scope| {
+        let thread = scope.spawn(|| {
+            // SAFETY: plain numbers; affects only this thread, which ends soon.
+            check(unsafe { libc::unshare(libc::CLONE_NEWIPC) }.into(), "unshare", "ipc")?;
+            look()
+        });
+        thread.join().unwrap_or_else(|_| {
+            Err(Error::Unsuitable {
+                pid: 0,
+                why: "the thread in a namespace of its own died".into(),
+            })
+        })
+    })
+}

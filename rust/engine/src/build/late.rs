@@ -8,6 +8,7 @@ use super::Skeleton;
 use super::objects::Objects;
 use crate::error::{About, Result};
 use crate::kinds::files::{Description, Object};
+use crate::kinds::ipc::{self, semaphores};
 use crate::kinds::{inotify, listener, locks, owner, posix_timers, timerfd, timers};
 use crate::model::{Inventory, Process};
 
@@ -62,6 +63,27 @@ impl<'i> Late<'i> {
 }
 
 impl Skeleton {
+    /// Gives System V semaphores what processes undo, then their values.
+    pub fn set_semaphores(&self, inventory: &Inventory) -> Result<()> {
+        let Some(ipc) = &inventory.ipc else { return Ok(()) };
+        for (process, body) in inventory.processes.iter().filter_map(|p| Some((p, p.body.as_ref()?))) {
+            for group in body.undo.chunks(200) {
+                let mut batch = Batch::new();
+                group.iter().for_each(|undo| semaphores::rebuild_undo(&mut batch, undo));
+                self.results(process.pid, &batch, "semaphores")?;
+            }
+        }
+        let lives = |pid: i32| self.sites.contains_key(&pid);
+        for (&pid, site) in &self.sites {
+            let mut batch = Batch::new();
+            semaphores::rebuild_values(&mut batch, &ipc.semaphores, pid);
+            if !batch.is_empty() {
+                site.run(&batch).about(pid, "semaphores")?;
+            }
+        }
+        ipc::finish(ipc, self.init, lives)
+    }
+
     fn start_timers(&self, process: &Process) -> Result<()> {
         let Some(body) = &process.body else { return Ok(()) };
         let run = |batch: &Batch| self.results(process.pid, batch, "timers");

@@ -31,8 +31,9 @@ use torpor_sys::{PAGE_SIZE, Pid, fork, pidfd, proc};
 
 use crate::bounds::Bounds;
 use crate::error::{About, Error, Result};
+use crate::kinds::ipc::segments;
 use crate::kinds::sharing::Births;
-use crate::kinds::{memory, tmpfs, vdso};
+use crate::kinds::{memory, shared, tmpfs, vdso};
 use crate::model::Inventory;
 use crate::stage::Cancel;
 
@@ -86,6 +87,13 @@ struct Layout {
     exe: memory::Source,
 }
 
+/// The addresses that System V shared memory takes when it is attached.
+fn attached(areas: &[memory::Area], shared: &[shared::State]) -> Result<Vec<(u64, u64)>> {
+    let segment = |index: usize| shared.get(index).and_then(shared::State::segment);
+    let all = segments::attachments(areas.iter(), segment)?;
+    Ok(all.iter().map(segments::Attachment::range).collect())
+}
+
 fn kernel_ranges(kernel: &[(u64, u64)]) -> Vec<(u64, u64)> {
     kernel.iter().map(|k| (k.0, k.0 + k.1)).collect()
 }
@@ -113,7 +121,7 @@ pub fn build(
     skeleton.connect()?;
     skeleton.enter_time_early(inventory)?;
     tmpfs::rebuild(&inventory.tmpfs, image, init, bounds, cancel)?;
-    let files = objects::rebuild_files(&skeleton, inventory, image, cancel)?;
+    let mut files = objects::rebuild_files(&skeleton, inventory, image, cancel)?;
     // What comes later cannot be common.
     let shares = if background {
         Shares::none(inventory)
@@ -135,6 +143,7 @@ pub fn build(
         cancel.check()?;
         nursery.complete(&mut skeleton, index)?;
     }
+    files.release_segments();
     let objects = objects::rebuild(&skeleton, inventory, image, files)?;
     skeleton.finish_terminals(inventory, &objects.descriptions)?;
     Ok((skeleton, objects, shares))
@@ -167,6 +176,9 @@ impl Skeleton {
         let bodies = || inventory.processes.iter().filter_map(|p| p.body.as_ref());
         let mut taken: Vec<(u64, u64)> = vmas.iter().map(|v| (v.start, v.end)).collect();
         taken.extend(bodies().flat_map(|b| b.memory.areas.iter().map(|a| (a.start, a.end))));
+        for body in bodies() {
+            taken.extend(attached(&body.memory.areas, &inventory.objects.shared)?);
+        }
         taken.extend(bodies().flat_map(|b| b.memory.kernel.iter().map(|k| (k.0, k.0 + k.1))));
         let parking: u64 = kernel.iter().map(|k| k.1).sum();
         let base = memory::common_hole(&taken, PAGE_SIZE + TABLE + parking)

@@ -1,6 +1,7 @@
 //! What descriptors and mappings refer to, made before any process gets it. Files with a name are opened by init
 //! itself, so that its mounts and rights decide; the rest is made here and sent in.
 
+use std::collections::BTreeMap;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::FileExt;
 
@@ -15,7 +16,7 @@ use crate::error::{About, Error, Result};
 use crate::kinds::creds::IdMaps;
 use crate::kinds::files::{Description, Object, PathState};
 use crate::kinds::{
-    console, creds, epoll, eventfd, files, inet, locks, pidfd as pidfds, pipe, shared, signalfd, timerfd, unix,
+    console, creds, epoll, eventfd, files, inet, ipc, locks, pidfd as pidfds, pipe, shared, signalfd, timerfd, unix,
 };
 use crate::model::Inventory;
 use crate::source;
@@ -39,6 +40,16 @@ pub struct Files {
     pub shared: Vec<OwnedFd>,
     /// Mapped files.
     pub mapped: Vec<OwnedFd>,
+    /// Id and size of the shared objects that are System V shared memory, by their indices.
+    pub(super) segments: BTreeMap<usize, (i32, u64)>,
+    ipc: ipc::Made,
+}
+
+impl Files {
+    /// All processes have attached what they had.
+    pub(super) fn release_segments(&mut self) {
+        self.ipc.release();
+    }
 }
 
 /// Status flags that open(2) takes again. Those about creation are not kept by the kernel.
@@ -96,16 +107,28 @@ pub(super) fn rebuild_files(
     cancel: &Cancel,
 ) -> Result<Files> {
     let maps = IdMaps::of(skeleton.init)?;
+    let states = &inventory.objects.shared;
+    let ipc = match &inventory.ipc {
+        Some(state) => ipc::rebuild(state, states, image, skeleton.init)?,
+        None => ipc::Made::default(),
+    };
     let mut shared = Vec::new();
+    let segment = |id: i32| ipc.file(id);
     for (index, state) in inventory.objects.shared.iter().enumerate() {
         cancel.check()?;
         let unnamed = |directory: &str| skeleton.open_unnamed(directory);
-        let file = shared::rebuild(state, &maps, unnamed)?;
+        let file = shared::rebuild(state, &maps, unnamed, segment)?;
         fill(&file, image, SHARED + index as u32, state.size)?;
         shared.push(file);
     }
     let mapped = mapped(skeleton, inventory)?;
-    Ok(Files { shared, mapped })
+    let segments = states.iter().enumerate().filter_map(|(at, s)| Some((at, s.segment()?)));
+    Ok(Files {
+        shared,
+        mapped,
+        segments: segments.collect(),
+        ipc,
+    })
 }
 
 /// Makes the rest. Those that [`Objects::open_pidfds`] opens are not what they should be yet.

@@ -9,6 +9,7 @@ use super::kernel_ranges;
 use super::objects::{Files, Objects, epoll_of};
 use crate::error::{About, Error, Result};
 use crate::kinds::files::Descriptor;
+use crate::kinds::ipc::segments;
 use crate::kinds::memory::{self, Area, Source};
 use crate::kinds::{console, epoll, fs, settings, signals, vdso};
 use crate::model::{Body, Inventory, Process};
@@ -50,7 +51,10 @@ impl Skeleton {
         let born_with = self.born_with.get(&pid);
         let new = |area: &&Area| kept.binary_search(&(area.start, area.end)).is_err();
         let mut parcel = Parcel::default();
-        for area in state.areas.iter().filter(new) {
+        let is_attached =
+            |area: &&Area| matches!(area.source, Source::Shared(index) if files.segments.contains_key(&index));
+        let plain = |area: &&Area| new(area) && !is_attached(area);
+        for area in state.areas.iter().filter(plain) {
             parcel.add(area.source, files)?;
         }
         let exe = if born_with.is_some_and(|layout| layout.exe == state.exe) {
@@ -69,7 +73,13 @@ impl Skeleton {
         let parking = self.place.base + self.place.len();
         vdso::rebuild(&mut batch, kernel, &state.kernel, parking);
         memory::rebuild_map(&mut batch, state, parcel.arg(self, exe));
-        for area in state.areas.iter().filter(new) {
+        // First, since a whole segment is attached also where only a part of it is left.
+        let segment = |index: usize| files.segments.get(&index).copied();
+        for attachment in segments::attachments(state.areas.iter(), segment)? {
+            attachment.rebuild(&mut batch);
+            self.flush(pid, &mut batch, "mappings")?;
+        }
+        for area in state.areas.iter().filter(plain) {
             memory::rebuild_area(&mut batch, area, parcel.arg(self, area.source));
             self.flush(pid, &mut batch, "mappings")?;
         }

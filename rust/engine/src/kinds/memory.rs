@@ -10,7 +10,7 @@ use torpor_sys::remote::{Arg, Batch, Results};
 use torpor_sys::{PAGE_SIZE, Pid};
 
 use super::paths::View;
-use super::{numa, shared, vdso};
+use super::{ipc, numa, shared, vdso};
 use crate::error::{About, Error, Result};
 use crate::track::Tracking;
 
@@ -101,6 +101,12 @@ pub struct Area {
     /// Counted as memory in use (VmFlags "ac"): it is or once was writable.
     #[serde(default)]
     pub accounted: bool,
+    /// It is System V shared memory (shmat(2)).
+    #[serde(skip)]
+    pub attached: bool,
+    /// System V shared memory that was attached for reading only.
+    #[serde(default, skip_serializing_if = "is_not")]
+    pub only_read: bool,
 }
 
 fn is_not(flag: &bool) -> bool {
@@ -212,7 +218,7 @@ fn is_kernels(vma: &Vma) -> bool {
 
 /// The address space of a stopped process. `vmas` come from smaps.
 pub fn collect(pid: Pid, vmas: &[Vma], stat: &Stat, inside: &Inside, tables: &mut Tables<'_>) -> Result<State> {
-    let kernel = vmas
+    let kernel: Vec<(u64, u64)> = vmas
         .iter()
         .filter(|v| vdso::is_part(v))
         .map(|v| (v.start, v.len()))
@@ -223,6 +229,10 @@ pub fn collect(pid: Pid, vmas: &[Vma], stat: &Stat, inside: &Inside, tables: &mu
         let policy = inside.policies.iter().find(|(start, _)| *start == area.start);
         area.policy = policy.map(|(_, policy)| policy.clone());
         areas.push(area);
+    }
+    let segment = |index: usize| tables.shared.states.get(index).and_then(shared::State::segment);
+    for attachment in ipc::segments::attachments(areas.iter(), segment)? {
+        attachment.check(pid, &areas, &kernel)?;
     }
     let auxv = proc::auxv(pid).about(pid, "auxv")?;
     let word = |c: &[u8]| u64::from_le_bytes([c[0], c[1], c[2], c[3], c[4], c[5], c[6], c[7]]);
@@ -287,8 +297,8 @@ fn area(pid: Pid, vma: &Vma, tables: &mut Tables<'_>) -> Result<Area> {
     let object = || name_of(vma);
     // Our own watch is not the program's.
     check(pid, vma, || tables.tracking.owns(pid, vma.start, vma.end))?;
-    shared::check_name(pid, &vma.name)?;
-    let is_file = vma.inode != 0;
+    let attached = ipc::is_segment(vma);
+    let is_file = attached || vma.inode != 0;
     let source = if is_file {
         let path = format!("/proc/{pid}/map_files/{:x}-{:x}", vma.start, vma.end);
         // A mapping whose file was opened for writing could be made writable by mprotect(2) later.
@@ -328,6 +338,8 @@ fn area(pid: Pid, vma: &Vma, tables: &mut Tables<'_>) -> Result<Area> {
         policy: None,
         guards: Vec::new(),
         accounted: vma.has(b"ac"),
+        attached,
+        only_read: attached && !vma.has(b"mw"),
     })
 }
 
@@ -415,6 +427,12 @@ pub fn rebuild_area(batch: &mut Batch, area: &Area, fd: Arg) {
         area.offset.into(),
     ];
     batch.must(what, libc::SYS_mmap, args);
+    advise(batch, area);
+}
+
+/// Gives an area that is mapped its memory policy and the advice that lasts.
+pub fn advise(batch: &mut Batch, area: &Area) {
+    let len = area.end - area.start;
     numa::rebuild_area(batch, area);
     for advice in &area.advice {
         batch.must(
