@@ -317,43 +317,40 @@ def test_ipc_objects_that_are_gone_do_no_harm(torpor: Torpor, busybox: Make, tmp
 @pytest.mark.requires("command:gcc")
 @pytest.mark.parametrize("kind", CARRIED)
 def test_ipc_objects_need_a_namespace_of_their_own(torpor: Torpor, busybox: Make, tmp: Path, kind: str) -> None:
-    c = started(torpor, ipc(busybox, kind))
+    c = started(torpor, ipc(busybox, kind, mqueue=False))
     c.checkpoint(tmp / "image")
     shared = ipc(busybox, kind, namespaces=HOST_IPC, mqueue=False)
     refused(torpor, tmp / "image", shared, f"1 {KINDS[kind]}", "IPC namespace of its own")
-    joined = busybox(["true"], edit=joins("ipc", "/proc/1/ns/ipc"))
+    other = started(torpor, busybox(["sh", "-c", WAITER]))
+    joined = busybox(["true"], edit=joins("ipc", f"/proc/{other.pid}/ns/ipc"))
     refused(torpor, tmp / "image", joined, f"1 {KINDS[kind]}", "IPC namespace of its own")
     restored(torpor, tmp / "image", c.bundle).verify()
 
 
 def joins(kind: str, path: str) -> Callable[[dict[str, Any]], None]:
     def join(config: dict[str, Any]) -> None:
+        config["mounts"] = [m for m in config["mounts"] if m["type"] != "mqueue"]
         (namespace,) = [n for n in config["linux"]["namespaces"] if n["type"] == kind]
         namespace["path"] = path
 
     return join
 
 
-@pytest.mark.requires("command:gcc")
+@pytest.mark.requires("command:nsenter")
 @pytest.mark.parametrize("grants", [True, False])
 def test_limits_of_system_v_ipc_that_were_changed(torpor: Torpor, busybox: Make, tmp: Path, grants: bool) -> None:
-    """They come back where the container may change them."""
-    script = "echo 123456 > /proc/sys/kernel/shmmax; echo 77 > /proc/sys/kernel/msgmni; " + WAITER
-
-    def writable(config: dict[str, Any]) -> None:
-        config["linux"]["readonlyPaths"] = []
+    """They come back where the container may change them, unless the spec sets them."""
+    caps = [*bundles.DOCKER_CAPS, *(["CAP_SYS_ADMIN"] if grants else [])]
+    c = started(torpor, busybox(["sh", "-c", WAITER], caps=caps))
+    script = "echo 123456 > /proc/sys/kernel/shmmax; echo 77 > /proc/sys/kernel/msgmni"
+    subprocess.run(["nsenter", "--ipc", "-t", str(c.pid), "sh", "-ec", script], check=True)
+    c.checkpoint(tmp / "image")
 
     def fixed(config: dict[str, Any]) -> None:
-        writable(config)
         config["linux"]["sysctl"] = {"kernel.msgmni": "99"}
 
-    admin = [*bundles.DOCKER_CAPS, "CAP_SYS_ADMIN"]
-    c = started(torpor, busybox(["sh", "-c", script], caps=admin, edit=writable))
-    assert inside(c, "/proc/sys/kernel/shmmax").exists()
-    c.checkpoint(tmp / "image")
-    caps = admin if grants else bundles.DOCKER_CAPS
     again = restored(torpor, tmp / "image", busybox(["true"], caps=caps, edit=fixed))
-    read = again.exec("cat", "/proc/sys/kernel/shmmax", "/proc/sys/kernel/msgmni").out.split()
+    read = torpor("exec", again.id, "cat", "/proc/sys/kernel/shmmax", "/proc/sys/kernel/msgmni").out.split()
     assert (read[0] == "123456") == grants, read
     assert read[1] == "99", "the new container's spec sets this one itself"
     again.verify()
