@@ -234,6 +234,8 @@ fn map(body: &mut Body, start: u64, len: u64, is_code: bool) -> Result<()> {
             policy: None,
             guards: Vec::new(),
             accounted: false,
+            attached: false,
+            only_read: false,
         },
     );
     Ok(())
