@@ -47,7 +47,7 @@ impl State {
             Kind::Fs => self.fs,
             Kind::Vm => self.memory,
             Kind::Sighand => self.actions,
-            Kind::File => None,
+            Kind::File | Kind::SysvSem => None,
         }
     }
 }
