@@ -146,7 +146,7 @@ WORKLOADS = {
     for w in (
         _c("threads"), _c("signals"), _c("timers"), _c("blocked"), _c("identity", "first argument", "second"), _c("credentials"),
         _c("rlimits"), _c("memory"), _c("memfd"), _c("deleted"), _c("files"), _c("pipes"), _c("events"), _c("unixsock"), _c("inflight"), _c("inetsock"), _c("tcp"),
-        _c("sessions"), _c("robust"), _c("rseq"), _c("sysv"), _c("paging"), _c("late"), _c("tracked"),
+        _c("sessions"), _c("robust"), _c("rseq"), _c("sysv"), _c("mapped", "a-long-argument-that-makes-room"), _c("paging"), _c("late"), _c("tracked"),
         Workload("advice", ("/bin/advice",), "busybox", restless=True),
         _c("clocks"), _c("waits"),
         _c("alone"), _c("churn"),
