@@ -16,7 +16,7 @@ use crate::error::{About, Result};
 use crate::fill;
 use crate::huge;
 use crate::kinds::memory::Area;
-use crate::kinds::{seccomp, shared, tmpfs, vdso};
+use crate::kinds::{seccomp, shared, tmpfs, vdso, xstate};
 use crate::model::Inventory;
 use crate::pager::{self, Pager};
 use crate::plan;
@@ -112,6 +112,7 @@ pub fn restore(request: &Request, cancel: &Cancel, on_loaded: &mut dyn FnMut() -
             inventory.close_outside();
         }
         plan::plan(&inventory, request.pid, &bounds)?;
+        xstate::plan(&inventory, &image)?;
         plan::lower(&mut inventory, request.pid, &bounds)?;
         tmpfs::plan(&inventory.tmpfs, &image, request.pid, &bounds, cancel)?;
         let old_vdso = vdso::plan(&mut inventory, &image)?;

@@ -30,6 +30,7 @@ pub mod track;
 pub mod tree;
 pub mod uffd;
 pub mod wait;
+pub mod xsave;
 
 pub use error::{Error, Result};
 

@@ -6,8 +6,9 @@ use torpor_sys::Pid;
 use torpor_sys::mem::Memory;
 use torpor_sys::proc::Vma;
 use torpor_sys::ptrace::{self, Regs, Rseq};
+use torpor_sys::xsave::Layout;
 
-use super::dispatch;
+use super::{dispatch, xstate};
 use super::restart::{self, Outcome, Wait, Watch};
 use crate::error::{About, Error, Result};
 
@@ -163,7 +164,8 @@ pub fn rebuild(tid: Pid, state: &State, xstate: &[u8], wait: Outcome) -> Result<
         Outcome::Over(result) => (regs.rax, regs.orig_rax) = (result as u64, u64::MAX),
         Outcome::Anew(call) => (regs.rax, regs.orig_rax, regs.rip) = (call, u64::MAX, regs.rip - 2),
     }
-    ptrace::set_xstate(tid, xstate).about(tid, "extended registers")?;
+    let xstate = xstate::widen(xstate, &Layout::here());
+    ptrace::set_xstate(tid, &xstate).about(tid, "extended registers")?;
     ptrace::set_regs(tid, &regs).about(tid, "registers")?;
     state.dispatch.map_or(Ok(()), |d| dispatch::rebuild(tid, &d))
 }

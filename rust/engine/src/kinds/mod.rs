@@ -41,3 +41,4 @@ pub mod timers;
 pub mod tmpfs;
 pub mod unix;
 pub mod vdso;
+pub mod xstate;

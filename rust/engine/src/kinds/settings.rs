@@ -8,7 +8,7 @@ use torpor_sys::{Pid, RemoteAddr};
 
 use crate::bounds::Bounds;
 use crate::error::{About, Error, Result};
-use crate::kinds::{numa, scheduling};
+use crate::kinds::{numa, scheduling, xstate};
 
 const CAP_SYS_RESOURCE: u64 = 24;
 
@@ -71,6 +71,7 @@ const PR_GET_IO_FLUSHER: i32 = 58;
 const MEMBARRIER_GET_REGISTRATIONS: u64 = 1 << 9;
 const ARCH_GET_CPUID: u64 = 0x1011;
 const ARCH_SET_CPUID: u64 = 0x1012;
+const ARCH_GET_XCOMP_PERM: u64 = 0x1022;
 /// Of PR_GET_SPECULATION_CTRL: it can be set; it is as it would be without us. For the flush of the L1 cache the
 /// usual state is the other one, and told by neither bit.
 const PR_SPEC_PRCTL: i64 = 1;
@@ -121,6 +122,7 @@ pub struct AskedProcess {
     membarrier: usize,
     memory_errors: usize,
     io_flusher: usize,
+    registers: Data,
 }
 
 /// Places of answers.
@@ -138,7 +140,10 @@ pub struct AskedThread {
 /// Asks for the settings of a process.
 pub fn ask_process(batch: &mut Batch) -> AskedProcess {
     let prctl = libc::SYS_prctl;
-    let subreaper = batch.room(8);
+    let (subreaper, registers) = (batch.room(8), batch.room(8));
+    // Before 5.16 there are none that have to be asked for.
+    let args = [ARCH_GET_XCOMP_PERM.into(), registers.into()];
+    batch.may("ARCH_GET_XCOMP_PERM", libc::SYS_arch_prctl, args);
     let get = libc::PR_GET_CHILD_SUBREAPER;
     batch.must("PR_GET_CHILD_SUBREAPER", prctl, [get.into(), subreaper.into()]);
     AskedProcess {
@@ -154,6 +159,7 @@ pub fn ask_process(batch: &mut Batch) -> AskedProcess {
         ),
         memory_errors: batch.may("PR_MCE_KILL_GET", prctl, [libc::PR_MCE_KILL_GET.into()]),
         io_flusher: batch.may("PR_GET_IO_FLUSHER", prctl, [PR_GET_IO_FLUSHER.into()]),
+        registers,
     }
 }
 
@@ -167,6 +173,7 @@ fn small_file(pid: Pid, name: &str) -> Result<String> {
 
 /// The settings of a process.
 pub fn answer_process(pid: Pid, init: Pid, asked: &AskedProcess, results: &Results) -> Result<ProcessState> {
+    xstate::check_permission(pid, results.u64(asked.registers))?;
     Ok(ProcessState {
         limits: proc::limits(pid).about(pid, "limits")?,
         dumpable: results.raw(asked.dumpable),
