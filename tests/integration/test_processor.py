@@ -64,6 +64,10 @@ def test_one_with_others_is_refused(case: str, stage: Callable[[str], Stage], tm
     edit(tmp / "image", tmp / "other", change, blobs=more)
     again = play.successor(c)
     again.create()
-    says = {"more": "has kinds 0x4000000000000, which this one lacks", "elsewhere": "in another order", "none": "no extended registers"}
+    says = {
+        "more": "has kinds 0x4000000000000, which this one lacks",
+        "elsewhere": "in another order",
+        "none": "no extended registers",
+    }
     torpor.fails("restore", "--image-path", tmp / "other", again.id, says=says[case])
     assert again.status == "created"

@@ -8,8 +8,8 @@ use torpor_sys::proc::Vma;
 use torpor_sys::ptrace::{self, Regs, Rseq};
 use torpor_sys::xsave::Layout;
 
-use super::{dispatch, xstate};
 use super::restart::{self, Outcome, Wait, Watch};
+use super::{dispatch, xstate};
 use crate::error::{About, Error, Result};
 
 /// General registers by name and extended state as a blob.

@@ -103,7 +103,13 @@ mod tests {
     /// As an AMD processor has them, and an Intel one.
     fn layouts() -> (Layout, Layout) {
         let amd = vec![(2, 576, 256), (5, 832, 64), (6, 896, 512), (7, 1408, 1024)];
-        let intel = vec![(2, 576, 256), (5, 1088, 64), (6, 1152, 512), (7, 1664, 1024), (9, 2688, 8)];
+        let intel = vec![
+            (2, 576, 256),
+            (5, 1088, 64),
+            (6, 1152, 512),
+            (7, 1664, 1024),
+            (9, 2688, 8),
+        ];
         let of = |features, parts| Layout { features, parts };
         (of(0xe7, amd), of(0x2e7, intel))
     }
