@@ -24,6 +24,8 @@ KINDS = {
     "pid-namespace": "pid namespace: it has one of its own",
     "pid-for-children": "pid namespace: its children would be born in another one",
     "time-for-children": "time namespace: its children would be born in another one",
+    "io-uring": "(anon_inode:[io_uring]): this kind of file is not carried yet",
+    "listener": "(anon_inode:seccomp notify): this kind of file is not carried yet",
     "vdso": "vdso: the process has changed",
     "traced": "ptrace: it is traced by process",
 }
@@ -31,6 +33,9 @@ KINDS = {
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_is_refused_by_name(kind: str, busybox: Callable[..., Path], torpor: Torpor, tmp: Path) -> None:
+    switch = Path("/proc/sys/kernel/io_uring_disabled")
+    if kind == "io-uring" and not (switch.exists() and switch.read_text().strip() == "0"):
+        pytest.skip("io_uring is switched off here")
     bundle = busybox(["/bin/uncarried", kind], caps=[*CAPS, "CAP_SYS_PTRACE", "CAP_SYS_TIME"])
     shutil.copy2(compiled("uncarried"), bundle / "rootfs" / "bin" / "uncarried")
     c = Container(torpor, bundle, new_id()).run().wait_ready()

@@ -1,5 +1,7 @@
 /* Has the one state that its argument names, which no image carries: a checkpoint is refused, and all must be as before. */
 #include "workload.h"
+#include <linux/filter.h>
+#include <linux/seccomp.h>
 #include <sched.h>
 #include <sys/auxv.h>
 #include <sys/ptrace.h>
@@ -92,7 +94,14 @@ int main(int argc, char **argv) {
     wl_init();
     if (!strcmp(kind, "dispatch"))
         MUST(prctl(59 /* PR_SET_SYSCALL_USER_DISPATCH */, DISPATCH_ON, 1, 1ul << 46, NULL));
-    else if (!strcmp(kind, "dispatch-read-only")) {
+    else if (!strcmp(kind, "io-uring")) {
+        static char parameters[120];
+        MUST(syscall(425 /* io_uring_setup */, 4, parameters));
+    } else if (!strcmp(kind, "listener")) {
+        static struct sock_filter allow = BPF_STMT(BPF_RET | BPF_K, SECCOMP_RET_ALLOW);
+        struct sock_fprog program = {1, &allow};
+        MUST(syscall(SYS_seccomp, SECCOMP_SET_MODE_FILTER, SECCOMP_FILTER_FLAG_NEW_LISTENER, &program));
+    } else if (!strcmp(kind, "dispatch-read-only")) {
         void *selector = MUST(mmap(NULL, 4096, PROT_READ, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
         MUST(prctl(59, DISPATCH_ON, 0, 0, selector));
     } else if (!strcmp(kind, "vfork"))
