@@ -42,10 +42,8 @@ pub struct Twins {
 
 impl Drop for Twins {
     fn drop(&mut self) {
-        for twin in std::mem::take(&mut self.all) {
-            // A process that is gone takes the trace of its twin with it.
-            let _ = twin.dismiss();
-        }
+        // A process that is gone takes the trace of its twin with it.
+        let _ = end(&std::mem::take(&mut self.all));
     }
 }
 
@@ -136,8 +134,7 @@ impl Twins {
 
     /// Ends all twins. An error means that a program may see what is left of one.
     pub fn dismiss(mut self) -> Result<()> {
-        let all = std::mem::take(&mut self.all);
-        all.into_iter().map(Twin::dismiss).fold(Ok(()), Result::and)
+        end(&std::mem::take(&mut self.all))
     }
 
     /// # Errors
@@ -186,24 +183,39 @@ fn isolate(door: &Door<'_>, pid: Pid, inner: i32, vmas: &[Vma]) -> Result<()> {
     Ok(())
 }
 
-impl Twin {
-    /// Somebody may have paused the container meanwhile: then it runs for the moment that this takes.
-    fn dismiss(self) -> Result<()> {
-        let freezer = Freezer::of(self.original).ok().flatten();
-        let paused = freezer.filter(|f| f.is_frozen().unwrap_or(false));
-        if let Some(freezer) = &paused {
-            freezer.thaw().about(self.original, "freezer")?;
-        }
-        let done = self.end();
-        if let Some(freezer) = &paused {
-            freezer.pause_later().about(self.original, "freezer")?;
-        }
-        done
+/// Ends twins without a trace. Somebody may have paused the container meanwhile: then it runs for the moment that this takes.
+///
+/// All of them end before anybody is made to wait for one: an init that has died stays, and answers nobody, until the last
+/// process of its pid namespace is gone (pid_namespaces(7)), and a twin is gone when we have seen its end.
+fn end(twins: &[Twin]) -> Result<()> {
+    let (paused, thawed) = thaw(twins);
+    for twin in twins {
+        let _ = fork::kill(twin.pid, 9);
     }
+    let pids: Vec<Pid> = twins.iter().map(|t| t.pid).collect();
+    wait::all_gone(&pids, freeze::LIMIT);
+    let reaped = twins.iter().map(Twin::leave_no_trace).fold(Ok(()), Result::and);
+    let again = |(freezer, original): &(Freezer, Pid)| freezer.pause_later().about(*original, "freezer");
+    let paused_again = paused.iter().map(again).fold(Ok(()), Result::and);
+    thawed.and(reaped).and(paused_again)
+}
 
-    fn end(&self) -> Result<()> {
-        let _ = fork::kill(self.pid, 9);
-        wait::all_gone(&[self.pid], freeze::LIMIT);
+/// Lets those that are paused run. Processes of one cgroup are thawed together, so each is listed once.
+fn thaw(twins: &[Twin]) -> (Vec<(Freezer, Pid)>, Result<()>) {
+    let mut paused = Vec::new();
+    let mut result = Ok(());
+    for &Twin { original, .. } in twins {
+        let freezer = Freezer::of(original).ok().flatten();
+        if let Some(freezer) = freezer.filter(|f| f.is_frozen().unwrap_or(false)) {
+            result = result.and(freezer.thaw().about(original, "freezer"));
+            paused.push((freezer, original));
+        }
+    }
+    (paused, result)
+}
+
+impl Twin {
+    fn leave_no_trace(&self) -> Result<()> {
         match reap(self.original, &[self.inner]) {
             // A process that has ended leaves no trace of its twin either.
             Err(_) if proc::stat(self.original).map_or(true, |s| matches!(s.state, 'Z' | 'X')) => Ok(()),
@@ -297,5 +309,50 @@ impl Stopped {
 impl Drop for Stopped {
     fn drop(&mut self) {
         let _ = ptrace::detach(self.0, 0);
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use std::process::Command;
+
+    use super::*;
+
+    /// The children of a process, once they are so many.
+    fn children_of(parent: Pid, count: usize) -> Vec<Pid> {
+        for _ in 0..1000 {
+            let children = proc::children(parent).unwrap_or_default();
+            if children.len() == count {
+                return children;
+            }
+            std::thread::sleep(Duration::from_millis(10));
+        }
+        panic!("{parent} has no {count} children");
+    }
+
+    #[test]
+    fn twins_end_together_when_init_has_died() {
+        wait::block_sigchld();
+        let script = "sleep 1000 & sleep 1000 & sleep 1000 & wait";
+        let started = Command::new("unshare")
+            .args(["--pid", "--fork", "sh", "-c", script])
+            .spawn();
+        let Ok(mut outside) = started else { return };
+        let init = children_of(outside.id() as Pid, 1)[0];
+        let mut all = Vec::new();
+        for pid in children_of(init, 3) {
+            ptrace::seize(pid, Options::SUSPEND_SECCOMP).unwrap();
+            let inner = inner_pid(pid).unwrap();
+            all.push(Twin {
+                pid,
+                inner,
+                original: init,
+            });
+        }
+        fork::kill(init, 9).unwrap();
+        // One by one: init could not be stopped to wait for the first while the others were left.
+        Twins { all }.dismiss().unwrap();
+        outside.wait().unwrap();
     }
 }
