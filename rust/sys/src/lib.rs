@@ -3,6 +3,7 @@
 //! It knows processes, memory and descriptors; it knows nothing of images or containers.
 //! Addresses inside another process are plain `u64` ([`RemoteAddr`]), never pointers.
 
+mod btf;
 pub mod cgroup;
 pub mod error;
 pub mod event;
@@ -12,6 +13,7 @@ pub mod guard;
 pub mod kcmp;
 pub mod keys;
 pub mod lock;
+pub mod marks;
 pub mod mem;
 pub mod namespace;
 pub mod pagemap;
