@@ -213,3 +213,17 @@ def test_the_python_api(stage: Callable[[str], Stage], tmp: Path, torpor: Torpor
     assert second.warnings == []
     c = restored(play, c, tmp / "1")
     c.verify()
+
+
+def test_flags_that_change_between_the_look_and_the_stop(stage: Callable[[str], Stage], tmp: Path) -> None:
+    """The flags of mappings are read before the container stops. The program changes them, and maps others in their place, all the
+    time; each image has those of its own instant."""
+    play = stage("flags")
+    c = play.start()
+    c.checkpoint(tmp / "0", "--leave-running", "--track")
+    for i in range(1, 6):
+        c.checkpoint(tmp / str(i), "--leave-running", "--track", "--parent-path", f"../{i - 1}")
+    c.verify()
+    for i in range(6):
+        c = restored(play, c, tmp / str(i))
+        c.verify()

@@ -148,6 +148,7 @@ WORKLOADS = {
         _c("rlimits"), _c("memory"), _c("memfd"), _c("deleted"), _c("files"), _c("pipes"), _c("events"), _c("unixsock"), _c("inflight"), _c("inetsock"), _c("tcp"),
         _c("sessions"), _c("robust"), _c("rseq"), _c("sysv"), _c("mapped", "a-long-argument-that-makes-room"), _c("paging"), _c("late"), _c("tracked"),
         Workload("advice", ("/bin/advice",), "busybox", restless=True),
+        Workload("flags", ("/bin/flags",), "busybox", restless=True),
         _c("clocks"), _c("waits"),
         _c("alone"), _c("churn"),
         _c("timerfds"), _c("posixtimers"), _c("pidfds"), _c("watches"), _c("locks"), _c("owners"),

@@ -12,8 +12,10 @@ use torpor_sys::PAGE_SIZE;
 
 use crate::collect::Collected;
 use crate::error::{Error, Result};
+use crate::kinds::memory::Area;
 use crate::model::Inventory;
-use crate::track::{Known, Tracking};
+use crate::track::{AllKnown, Known};
+use crate::{guards, huge};
 
 /// The name of the section that an image without metadata has: one that holds only memory.
 pub const MEMORY: &str = "memory";
@@ -28,7 +30,7 @@ pub struct Spaces {
 /// What is known of every address space of the new image, by its number there.
 #[derive(Debug, Default)]
 pub struct Base {
-    known: BTreeMap<u32, Known>,
+    known: AllKnown,
     same: BTreeMap<u32, u32>,
     /// There is a parent.
     compares: bool,
@@ -77,32 +79,26 @@ pub fn check_whole(image: &Reader) -> Result<()> {
 }
 
 impl Base {
-    /// Asks the kernel what was written; all processes stand still.
-    pub fn of(parent: &Reader, tracking: &Tracking, collected: &Collected) -> Result<Base> {
+    /// `known` is what is known since the parent was made.
+    pub fn of(parent: &Reader, known: AllKnown, collected: &Collected) -> Base {
         let mut base = Base {
+            known,
             compares: true,
             ..Base::default()
         };
         // Only read when it is needed: everything stands still.
         let spaces = OnceCell::new();
-        let is_tracked = tracking.is_since(&parent.digest());
         for source in &collected.sources {
             let process = &collected.inventory.processes[source.index];
-            let (Some(body), number) = (&process.body, source.index as u32) else {
+            let number = source.index as u32;
+            if base.known.contains_key(&number) {
                 continue;
-            };
-            let known = if is_tracked {
-                tracking.known(source.pid, &body.memory.areas)?
-            } else {
-                None
-            };
-            if let Some(known) = known {
-                base.known.insert(number, known);
-            } else if let Some(same) = spaces.get_or_init(|| Spaces::in_image(parent)).number(process.pid) {
+            }
+            if let Some(same) = spaces.get_or_init(|| Spaces::in_image(parent)).number(process.pid) {
                 base.same.insert(number, same);
             }
         }
-        Ok(base)
+        base
     }
 
     /// What is known of an address space.
@@ -115,16 +111,32 @@ impl Base {
         let mut all = 0;
         for source in &collected.sources {
             let known = self.known.get(&(source.index as u32))?;
-            all += known.changed.iter().map(|(start, end)| end - start).sum::<u64>();
+            all += known.pages.changed.iter().map(|(start, end)| end - start).sum::<u64>();
         }
         Some(all)
+    }
+
+    /// Notes what the look at the pages has told besides (see huge.rs, guards.rs), of processes that stand still. Areas that
+    /// are not private were not looked at.
+    pub fn note(&self, collected: &mut Collected) -> Result<()> {
+        for source in &collected.sources {
+            let (Some(known), Some(body)) = (
+                self.known(source.index as u32),
+                &mut collected.inventory.processes[source.index].body,
+            ) else {
+                continue;
+            };
+            body.memory.huge = huge::whole(known.pages.huge.clone());
+            guards::note(&mut body.memory.areas, &known.pages.guards, Area::is_private);
+        }
+        guards::collect(collected, Some, |area| !area.is_private())
     }
 
     /// Takes over from the parent what is still right. Returns how many pages with data that are.
     pub fn inherit(&self, writer: &mut Writer) -> Result<u64> {
         let mut pages = 0;
         for (number, known) in &self.known {
-            for &(start, end) in &known.unchanged {
+            for &(start, end) in &known.pages.unchanged {
                 pages += writer.inherit((known.number, start), (*number, start), (end - start) / PAGE_SIZE)?;
             }
         }

@@ -1,5 +1,6 @@
 //! The bytes of memory, from the stopped processes into the image: one pass, in large pieces, zero pages left out.
 
+use std::cell::RefCell;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::FileExt;
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
@@ -71,23 +72,48 @@ pub fn from(
     cancel: &Cancel,
 ) -> Result<Captured> {
     let mut common = Common::of(collected, reader)?;
-    let mut captured = pump(base, writer, cancel, |pump| {
-        let mut extents = Vec::new();
-        for source in &collected.sources {
-            let pid = common.reader(source.index)?;
-            let ranges = private(&collected.inventory, base, source.index, pid, Area::is_inherited)?;
-            let ranges = [
-                common.take(source.index, &ranges[0])?,
-                common.take(source.index, &ranges[1])?,
-            ];
-            // A twin has every page in common with its original.
-            let own = pid == source.pid && collected.sources.len() == 1;
-            extents.extend(Extent::private(source.index, pid, own, ranges));
-        }
-        pump.copy(&extents)
-    })?;
+    let mut captured = pump(base, writer, cancel, |pump| pump.rest(collected, base, &mut common))?;
     captured.shares = common.shares().to_vec();
     Ok(captured)
+}
+
+/// Memory that was copied and is still to be written.
+#[derive(Debug)]
+pub struct Kept {
+    pieces: Vec<Piece>,
+    shares: Vec<Share>,
+}
+
+/// Copies the rest of each address space, which is little, from processes that stand still: writing it can wait until
+/// they go on.
+pub fn keep(collected: &Collected, base: &Base, cancel: &Cancel) -> Result<Kept> {
+    let mut common = Common::of(collected, Some)?;
+    let pump = Pump {
+        cancel,
+        buffers: Buffers::Stay(RefCell::default()),
+    };
+    pump.rest(collected, base, &mut common)?;
+    let Buffers::Stay(pieces) = pump.buffers else {
+        return Err(Error::nonsense("memory that was not kept"));
+    };
+    Ok(Kept {
+        pieces: pieces.into_inner(),
+        shares: common.shares().to_vec(),
+    })
+}
+
+impl Kept {
+    /// Writes it.
+    pub fn store(self, base: &Base, writer: &mut Writer) -> Result<Captured> {
+        let mut captured = Captured {
+            shares: self.shares,
+            ..Captured::default()
+        };
+        for piece in self.pieces {
+            store(writer, base, &piece, &mut captured)?;
+        }
+        Ok(captured)
+    }
 }
 
 impl Captured {
@@ -106,6 +132,7 @@ impl Captured {
 }
 
 /// A piece of memory on its way to the image.
+#[derive(Debug)]
 struct Piece {
     space: u32,
     /// What is not stored would be a file's: zeroes are data.
@@ -136,8 +163,17 @@ enum Origin<'c> {
 /// The reading end: fills buffers and hands them over.
 struct Pump<'c> {
     cancel: &'c Cancel,
-    full: SyncSender<Piece>,
-    empty: Receiver<Vec<u8>>,
+    buffers: Buffers,
+}
+
+enum Buffers {
+    /// To a writer, which gives them back.
+    Go {
+        full: SyncSender<Piece>,
+        empty: Receiver<Vec<u8>>,
+    },
+    /// To nobody yet.
+    Stay(RefCell<Vec<Piece>>),
 }
 
 /// Runs `read` here and a writer beside it, so that copying out of a process and into the file overlap. Three
@@ -167,7 +203,8 @@ fn pump(
             }
             Ok(captured)
         });
-        let pump = Pump { cancel, full, empty };
+        let buffers = Buffers::Go { full, empty };
+        let pump = Pump { cancel, buffers };
         let read = read(&pump);
         drop(pump);
         let written = writing
@@ -188,15 +225,42 @@ impl Pump<'_> {
         fill: impl FnOnce(&[(u64, u64)], &mut [u8]) -> Result<()>,
     ) -> Result<()> {
         let gone = || Error::nonsense("the writer is gone");
-        let mut buffer = self.empty.recv().map_err(|_| gone())?;
-        fill(&ranges, &mut buffer[..total(&ranges) as usize])?;
+        let len = total(&ranges) as usize;
+        let mut buffer = match &self.buffers {
+            Buffers::Go { empty, .. } => empty.recv().map_err(|_| gone())?,
+            Buffers::Stay(_) => vec![0; len],
+        };
+        fill(&ranges, &mut buffer[..len])?;
         let piece = Piece {
             space,
             of_file,
             ranges,
             buffer,
         };
-        self.full.send(piece).map_err(|_| gone())
+        match &self.buffers {
+            Buffers::Go { full, .. } => full.send(piece).map_err(|_| gone()),
+            Buffers::Stay(pieces) => {
+                pieces.borrow_mut().push(piece);
+                Ok(())
+            }
+        }
+    }
+
+    /// All that is private and that a twin has as well, but for what processes have in common and is copied already.
+    fn rest(&self, collected: &Collected, base: &Base, common: &mut Common) -> Result<()> {
+        let mut extents = Vec::new();
+        for source in &collected.sources {
+            let pid = common.reader(source.index)?;
+            let ranges = private(&collected.inventory, base, source.index, pid, Area::is_inherited)?;
+            let ranges = [
+                common.take(source.index, &ranges[0])?,
+                common.take(source.index, &ranges[1])?,
+            ];
+            // A twin has every page in common with its original.
+            let own = pid == source.pid && collected.sources.len() == 1;
+            extents.extend(Extent::private(source.index, pid, own, ranges));
+        }
+        self.copy(&extents)
     }
 
     fn copy(&self, extents: &[Extent<'_>]) -> Result<()> {
@@ -283,11 +347,13 @@ fn private(
         return Ok(ranges);
     };
     let known = base.known(index as u32);
-    let pagemap = Pagemap::open(pid).about(pid, "pagemap")?;
+    let mut pagemap = Pagemap::open(pid).about(pid, "pagemap")?;
     for area in body.memory.areas.iter().filter(|a| a.is_private() && wanted(a)) {
-        let ranges = &mut ranges[usize::from(area.source != Source::Nothing)];
+        let is_of_file = area.source != Source::Nothing;
+        pagemap.only_anonymous(!is_of_file);
+        let ranges = &mut ranges[usize::from(is_of_file)];
         match known {
-            Some(known) => within(&known.changed, area, ranges),
+            Some(known) => within(&known.pages.changed, area, ranges),
             None => pagemap
                 .private_data(area.start, area.end, ranges)
                 .about(pid, "pagemap")?,

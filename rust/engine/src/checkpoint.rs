@@ -5,7 +5,8 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
-use torpor_image::{Compression, HeaderInfo, Writer};
+use torpor_image::{Compression, HeaderInfo, Reader, Writer};
+use torpor_sys::sched::Urgent;
 
 use crate::advance::Advance;
 use crate::base::{Base, MEMORY, Spaces};
@@ -15,7 +16,7 @@ use crate::error::{Error, Result};
 use crate::kinds::inet::connection::Policy;
 use crate::kinds::memory::Area;
 use crate::stage::{Cancel, Run, Stage, Timing};
-use crate::track::{Tracker, Tracking};
+use crate::track::{AllKnown, Armed, Tracker, Tracking};
 use crate::{bounds, capture, collect, freeze, guards, huge, twin};
 
 /// What to do.
@@ -89,6 +90,18 @@ impl Request {
         }
     }
 
+    /// What is read before the container stops. A watch shows in the flags of a mapping and not in those of its twin, so a
+    /// twin confirms nothing of what is tracked.
+    fn advance(&self, tracking: &Tracking, may_assume: bool) -> Advance {
+        if self.leave_running && (self.track || tracking.is_at_work()) {
+            Advance::prove(self.pid)
+        } else if may_assume && self.mode(false, false) == Capture::Background {
+            Advance::assume(self.pid)
+        } else {
+            Advance::default()
+        }
+    }
+
     fn writer(&self) -> Result<Writer> {
         let mut writer = match &self.parent_path {
             Some(parent) => Writer::create_child(&self.image_path, header(), parent)?,
@@ -141,20 +154,17 @@ pub struct Saved {
 /// Saves a container. When this returns an error the container runs on and no image exists. `on_running` is called when
 /// one that goes on does so, with how long it stood still: what is left then is done beside it.
 pub fn checkpoint(request: &Request, cancel: &Cancel, on_running: &mut dyn FnMut(Duration)) -> Result<Saved> {
-    // A watch shows in the flags of a mapping and not in those of its twin: then nothing is read in advance.
-    let tracks = request.track || Tracking::find(&request.tracker)?.is_at_work();
-    let in_advance = !tracks && request.mode(false, false) == Capture::Background;
-    match attempt(request, in_advance, cancel, on_running)? {
+    match attempt(request, true, cancel, on_running)? {
         Some(saved) => Ok(saved),
-        // What was read before the pause was not true in it: now it is read in the pause.
+        // What was assumed before the pause was not true in it: now it is read in the pause.
         None => attempt(request, false, cancel, on_running)?.ok_or_else(|| Error::nonsense("nothing was assumed")),
     }
 }
 
-/// `None` when what was read in advance has turned out to be wrong.
+/// `None` when what was assumed has turned out to be wrong.
 fn attempt(
     request: &Request,
-    in_advance: bool,
+    may_assume: bool,
     cancel: &Cancel,
     on_running: &mut dyn FnMut(Duration),
 ) -> Result<Option<Saved>> {
@@ -163,14 +173,13 @@ fn attempt(
     // Before anything is stopped: a directory that cannot take an image is the commonest mistake.
     let mut writer = run.stage(Stage::Write, || request.writer())?;
     let tracking = Tracking::find(&request.tracker)?;
-    let mut advance = match in_advance {
-        true => Advance::read(request.pid),
-        false => Advance::default(),
-    };
+    let mut advance = request.advance(&tracking, may_assume);
+    // On a busy machine most of a pause is waiting for a processor.
+    let urgent = request.leave_running.then(Urgent::begin);
     let frozen = run.stage(Stage::Freeze, || freeze::freeze(request.pid))?;
     if request.mode(frozen.was_paused(), false) == Capture::Stop {
         // Without a twin nothing can be confirmed.
-        advance = Advance::default();
+        advance.believe_only_proof();
     }
     let mut collected = run.stage(Stage::Collect, || {
         collect::collect(
@@ -188,21 +197,31 @@ fn attempt(
     })?;
     // A visit to a thread that runs beside others must not touch what decides on their calls.
     let stop = frozen.was_paused() || collected.inventory.dispatches();
-    if stop && in_advance && !frozen.was_paused() {
+    if stop && collected.sources.iter().any(|s| s.is_assumed) {
         return Ok(None);
     }
     let since = frozen.since;
     let mut pause = Duration::ZERO;
     let mut confirmed = true;
     let (frozen, captured, tracking) = run.stage(Stage::Capture, || {
-        let base = match writer.parent() {
-            Some(parent) => Base::of(parent, &tracking, &collected)?,
-            None => Base::default(),
-        };
-        let tracking = watch(request, tracking, &mut collected)?;
+        let (tracking, known) = watch(request, tracking, writer.parent().map(AsRef::as_ref), &mut collected)?;
+        let base = writer
+            .parent()
+            .map_or_else(Base::default, |p| Base::of(p, known, &collected));
         let little = base.changed(&collected).is_some_and(|bytes| bytes <= LITTLE);
         let mut captured = Captured::default();
         let frozen = match request.mode(stop, little) {
+            Capture::Stop if request.leave_running && little => {
+                captured.add(&capture::in_pause(&collected, &base, &mut writer, cancel)?);
+                base.note(&mut collected)?;
+                let kept = capture::keep(&collected, &base, cancel)?;
+                frozen.release()?;
+                drop(urgent);
+                pause = since.elapsed();
+                on_running(pause);
+                captured.add(&kept.store(&base, &mut writer)?);
+                None
+            }
             Capture::Stop => {
                 captured.add(&capture::capture(&collected, &base, &mut writer, cancel)?);
                 huge::collect(&mut collected, Some)?;
@@ -213,6 +232,7 @@ fn attempt(
                 } else {
                     Some(frozen)
                 };
+                drop(urgent);
                 pause = since.elapsed();
                 if frozen.is_none() {
                     on_running(pause);
@@ -224,11 +244,12 @@ fn attempt(
                 guards::collect(&mut collected, Some, |area| !area.is_inherited())?;
                 let twins = twin::make(&collected.sources)?;
                 frozen.release()?;
+                drop(urgent);
                 pause = since.elapsed();
+                let twin = |pid| twins.of(pid);
                 confirmed = twins.confirm(&collected.sources)?;
                 if confirmed {
                     on_running(pause);
-                    let twin = |pid| twins.of(pid);
                     let read = capture::from(&collected, &base, twin, &mut writer, cancel);
                     // That a twin is dead says more than that it cannot be read.
                     twins.check()?;
@@ -296,15 +317,30 @@ fn attempt(
     Ok(Some(Saved { report, tracker }))
 }
 
-/// Begins to track, or goes on with it, if that is asked for. All threads stand still, and what is captured is what
-/// their memory holds now.
-fn watch(request: &Request, tracking: Tracking, collected: &mut Collected) -> Result<Option<Tracking>> {
+/// What was written to since the parent was made. Begins to track, or goes on with it, if that is asked for. All threads
+/// stand still, and what is captured is what their memory holds now.
+fn watch(
+    request: &Request,
+    tracking: Tracking,
+    parent: Option<&Reader>,
+    collected: &mut Collected,
+) -> Result<(Option<Tracking>, AllKnown)> {
+    let is_known = parent.is_some_and(|parent| tracking.is_since(&parent.digest()));
     if !request.track {
-        return Ok(None);
+        let known = if is_known {
+            tracking.known(collected)?
+        } else {
+            AllKnown::new()
+        };
+        return Ok((None, known));
     }
-    let (tracking, warnings) = tracking.arm(collected)?;
+    let Armed {
+        tracking,
+        known,
+        warnings,
+    } = tracking.arm(collected)?;
     collected.inventory.warnings.extend(warnings);
-    Ok(Some(tracking))
+    Ok((Some(tracking), if is_known { known } else { AllKnown::new() }))
 }
 
 fn header() -> HeaderInfo {

@@ -22,18 +22,20 @@ pub fn collect(
         ) else {
             continue;
         };
-        let (Some(first), Some(last)) = (body.memory.areas.first(), body.memory.areas.last()) else {
-            continue;
-        };
         let pagemap = Pagemap::open(pid).about(pid, "pagemap")?;
         let mut found = Vec::new();
-        pagemap
-            .guards(first.start, last.end, &mut found)
-            .about(pid, "pagemap")?;
-        for area in body.memory.areas.iter_mut().filter(|a| wanted(a)) {
-            let touched = found.iter().filter(|g| g.0 < area.end && area.start < g.1);
-            area.guards = touched.map(|g| (g.0.max(area.start), g.1.min(area.end))).collect();
+        for area in body.memory.areas.iter().filter(|a| wanted(a)) {
+            pagemap.guards(area.start, area.end, &mut found).about(pid, "pagemap")?;
         }
+        note(&mut body.memory.areas, &found, &wanted);
     }
     Ok(())
+}
+
+/// Gives ranges of guards to the areas that they are in, of those that are `wanted`.
+pub fn note(areas: &mut [Area], found: &[(u64, u64)], wanted: impl Fn(&Area) -> bool) {
+    for area in areas.iter_mut().filter(|a| wanted(a)) {
+        let touched = found.iter().filter(|g| g.0 < area.end && area.start < g.1);
+        area.guards = touched.map(|g| (g.0.max(area.start), g.1.min(area.end))).collect();
+    }
 }

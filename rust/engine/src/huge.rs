@@ -32,10 +32,15 @@ pub fn collect(collected: &mut Collected, reader: impl Fn(Pid) -> Option<Pid>) -
                 pagemap.huge(area.start, area.end, &mut huge).about(pid, "pagemap")?;
             }
         }
-        huge.retain(|&(start, end)| start % SIZE == 0 && end % SIZE == 0);
-        body.memory.huge = huge;
+        body.memory.huge = whole(huge);
     }
     Ok(())
+}
+
+/// Those of ranges that are whole huge pages.
+pub fn whole(mut ranges: Vec<(u64, u64)>) -> Vec<(u64, u64)> {
+    ranges.retain(|&(start, end)| start % SIZE == 0 && end % SIZE == 0);
+    ranges
 }
 
 /// Puts what was in huge pages into huge pages, in processes that are filled: where the kernel did so by itself, this only

@@ -9,11 +9,12 @@
 //! Nothing is believed that the kernel does not say at that time: memory that was mapped again, moved or given up, an
 //! address space left by execve(2) and one inherited by fork(2) are not protected, so they count as written.
 
+use std::collections::BTreeMap;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
-use torpor_sys::pagemap::Pagemap;
+use torpor_sys::pagemap::{Pagemap, Written};
 use torpor_sys::remote::{Arg, Batch};
 use torpor_sys::track::{self, Registered, Watch};
 use torpor_sys::{Pid, fork, pidfd, proc};
@@ -40,9 +41,25 @@ pub struct Tracking {
     /// The digest of that image.
     image: String,
     spaces: Vec<Space>,
-    /// Who holds the same watches.
-    tracker: Option<OwnedFd>,
+    /// Who holds the same watches, and the note that says so.
+    tracker: Option<(OwnedFd, PathBuf)>,
+    /// Who held them before, and has been told to end.
+    former: Option<OwnedFd>,
 }
+
+/// Tracking that has just begun anew.
+#[derive(Debug)]
+pub struct Armed {
+    /// The watches.
+    pub tracking: Tracking,
+    /// What those that there were before have seen.
+    pub known: AllKnown,
+    /// What cannot be watched, in words.
+    pub warnings: Vec<String>,
+}
+
+/// What is known of the address spaces, by their numbers in the new image.
+pub type AllKnown = BTreeMap<u32, Known>;
 
 /// What a tracker leaves in the container's directory.
 #[derive(Debug, Serialize, Deserialize)]
@@ -61,21 +78,20 @@ struct Noted {
     fd: i32,
 }
 
-/// What is known of an address space since it was last captured. Both are ranges (start, end), sorted.
+/// What is known of an address space since it was last captured.
 #[derive(Debug, Default)]
 pub struct Known {
     /// Its number in the image of that time.
     pub number: u32,
-    /// Its pages are those of that image.
-    pub unchanged: Vec<(u64, u64)>,
-    /// All other pages with data.
-    pub changed: Vec<(u64, u64)>,
+    /// Its pages: those that are unchanged are those of that image.
+    pub pages: Written,
 }
 
 impl Tracking {
     /// Takes over what the tracker holds that left this note; nothing when there is none or it is gone.
     pub fn find(note: &Path) -> Result<Tracking> {
-        let Some(note) = std::fs::read(note).ok().and_then(|json| read(&json)) else {
+        let path = note;
+        let Some(note) = std::fs::read(path).ok().and_then(|json| read(&json)) else {
             return Ok(Tracking::default());
         };
         let Ok(tracker) = pidfd::open(note.pid) else {
@@ -96,7 +112,8 @@ impl Tracking {
         Ok(Tracking {
             image: note.image,
             spaces,
-            tracker: Some(tracker),
+            tracker: Some((tracker, path.into())),
+            former: None,
         })
     }
 
@@ -116,60 +133,68 @@ impl Tracking {
         own.any(|s| matches!(s.watch.register(start, end - start), Ok(Registered::Yes)))
     }
 
-    /// What is known of the address space of a process.
-    pub fn known(&self, pid: Pid, areas: &[Area]) -> Result<Option<Known>> {
-        let Some(space) = self.spaces.iter().find(|s| s.pid == pid) else {
-            return Ok(None);
-        };
-        let mut pages = Pagemap::open(pid).about(pid, "pagemap")?;
-        let mut known = Known {
-            number: space.number,
-            ..Known::default()
-        };
-        for area in areas.iter().filter(|a| a.is_private()) {
-            let (start, end) = (area.start, area.end);
-            pages.only_anonymous(area.source == Source::Nothing);
-            pages
-                .unchanged(start, end, &mut known.unchanged)
-                .about(pid, "pagemap")?;
-            pages.changed(start, end, &mut known.changed).about(pid, "pagemap")?;
+    /// What is known of all address spaces.
+    pub fn known(&self, collected: &Collected) -> Result<AllKnown> {
+        let mut all = AllKnown::new();
+        for source in &collected.sources {
+            let body = &collected.inventory.processes[source.index].body;
+            let space = self.spaces.iter().find(|s| s.pid == source.pid);
+            if let (Some(body), Some(space)) = (body, space) {
+                let known = Known {
+                    number: space.number,
+                    pages: written(source.pid, &body.memory.areas)?,
+                };
+                all.insert(source.index as u32, known);
+            }
         }
-        Ok(Some(known))
+        Ok(all)
     }
 
     /// Watches everything that is private in all processes, from this moment on; they are stopped by us. What is
-    /// captured now is what the next image goes on from. Returns what cannot be watched, in words.
+    /// captured now is what the next image goes on from. Tells also what is known up to now, which is one look at
+    /// the pages for both.
     ///
-    /// From here on the watches say nothing about the image before: the tracker that stands for it is ended first, so
+    /// From here on the watches say nothing about the image before: the note that says they do is removed first, so
     /// that nobody takes them for that if we are killed.
-    pub fn arm(mut self, collected: &Collected) -> Result<(Tracking, Vec<String>)> {
+    pub fn arm(mut self, collected: &Collected) -> Result<Armed> {
         self.dismiss();
         let mut old = std::mem::take(&mut self.spaces);
         let mut warnings = Vec::new();
+        let mut known = AllKnown::new();
         for source in &collected.sources {
             let Some(body) = &collected.inventory.processes[source.index].body else {
                 continue;
             };
             let at = old.iter().position(|s| s.pid == source.pid);
-            let existing = at.map(|at| old.swap_remove(at).watch);
+            let existing = at.map(|at| old.swap_remove(at));
+            let number = source.index as u32;
             match arm_one(source.pid, existing, &body.memory.areas) {
-                Ok(watch) => self.spaces.push(Space {
-                    pid: source.pid,
-                    number: source.index as u32,
-                    watch,
-                }),
+                Ok((watch, seen)) => {
+                    known.extend(seen.map(|seen| (number, seen)));
+                    self.spaces.push(Space {
+                        pid: source.pid,
+                        number,
+                        watch,
+                    });
+                }
                 Err(why) => warnings.push(not_tracked(source.pid, &why)),
             }
         }
         self.image.clear();
-        Ok((self, warnings))
+        Ok(Armed {
+            tracking: self,
+            known,
+            warnings,
+        })
     }
 
-    /// Ends the tracker that we have taken the watches from, or that is not wanted any more.
+    /// Ends the tracker that we have taken the watches from. Without its note it stands for nothing, so nobody
+    /// waits for its end here, where all stand still.
     fn dismiss(&mut self) {
-        if let Some(tracker) = self.tracker.take() {
+        if let Some((tracker, note)) = self.tracker.take() {
+            let _ = std::fs::remove_file(note);
             let _ = pidfd::send_signal(&tracker, libc::SIGKILL);
-            pidfd::wait_end(&tracker, 10_000);
+            self.former = Some(tracker);
         }
     }
 
@@ -186,6 +211,9 @@ impl Tracking {
     }
 
     fn try_hold(self, digest: &str, init: Pid, note: &Path) -> Result<Tracker> {
+        if let Some(former) = &self.former {
+            pidfd::wait_end(former, 10_000);
+        }
         let container = pidfd::open(init).about(init, "pidfd")?;
         let own = std::process::id() as Pid;
         let start_time = proc::stat(own).about(own, "tracker")?.start_time;
@@ -219,7 +247,7 @@ pub fn begin(skeleton: &Skeleton, inventory: &Inventory) -> (Tracking, Vec<Strin
         };
         let watched = skeleton.site(process.pid).and_then(|site| {
             let watch = skeleton.write_watch(process.pid)?;
-            protect(site.tid(), &watch, &body.memory.areas)?;
+            protect(site.tid(), &watch, &body.memory.areas, &mut Written::default())?;
             Ok((site.tid(), watch))
         });
         match watched {
@@ -267,35 +295,44 @@ fn write(path: &Path, note: &Note) -> torpor_sys::Result<()> {
 }
 
 /// Watches one address space, with the watch that it has or with a new one.
-fn arm_one(pid: Pid, existing: Option<Watch>, areas: &[Area]) -> Result<Watch> {
-    if let Some(watch) = existing
-        && protect(pid, &watch, areas)?
+fn arm_one(pid: Pid, existing: Option<Space>, areas: &[Area]) -> Result<(Watch, Option<Known>)> {
+    let mut pages = Written::default();
+    if let Some(Space { number, watch, .. }) = existing
+        && protect(pid, &watch, areas, &mut pages)?
     {
-        return Ok(watch);
+        return Ok((watch, Some(Known { number, pages })));
     }
     let watch = make(pid)?;
-    if protect(pid, &watch, areas)? {
-        return Ok(watch);
+    if protect(pid, &watch, areas, &mut Written::default())? {
+        return Ok((watch, None));
     }
     Err(Error::nonsense("the address space of a stopped process is gone"))
 }
 
-/// Protects all pages that hold data. False when the address space of the watch is gone.
-fn protect(pid: Pid, watch: &Watch, areas: &[Area]) -> Result<bool> {
+/// What was written to in an address space that is watched.
+fn written(pid: Pid, areas: &[Area]) -> Result<Written> {
     let mut pages = Pagemap::open(pid).about(pid, "pagemap")?;
-    let mut changed = Vec::new();
+    let mut out = Written::default();
+    for area in areas.iter().filter(|a| a.is_private()) {
+        pages.only_anonymous(area.source == Source::Nothing);
+        pages.written(area.start, area.end, &mut out).about(pid, "pagemap")?;
+    }
+    Ok(out)
+}
+
+/// Protects all pages that hold data, and tells which were written to before. False when the address space of the watch
+/// is gone.
+fn protect(pid: Pid, watch: &Watch, areas: &[Area], out: &mut Written) -> Result<bool> {
+    let mut pages = Pagemap::open(pid).about(pid, "pagemap")?;
     for area in areas.iter().filter(|a| a.is_private()) {
         pages.only_anonymous(area.source == Source::Nothing);
         let registered = watch.register(area.start, area.end - area.start);
         match registered.about(pid, "userfaultfd")? {
-            Registered::Yes => pages
-                .protect(area.start, area.end, &mut changed)
-                .about(pid, "pagemap")?,
+            Registered::Yes => pages.protect(area.start, area.end, out).about(pid, "pagemap")?,
             // Its pages always count as written.
-            Registered::No => {}
+            Registered::No => pages.written(area.start, area.end, out).about(pid, "pagemap")?,
             Registered::Gone => return Ok(false),
         }
-        changed.clear();
     }
     Ok(true)
 }

@@ -19,9 +19,8 @@ const GUARD: u64 = 1 << 8;
 /// `_IOWR('f', 16, struct pm_scan_arg)`.
 const PAGEMAP_SCAN: libc::c_ulong = 0xc060_6610;
 
-/// Which pages are meant: of all of the categories `all`, of none of `none` and of one of `any`.
+/// Which pages are meant: of none of the categories `none` and of one of `any`.
 struct Wanted {
-    all: u64,
     none: u64,
     any: u64,
     flags: u64,
@@ -29,7 +28,6 @@ struct Wanted {
 
 /// Pages with data of the process's own.
 const DATA: Wanted = Wanted {
-    all: 0,
     none: FILE | PFNZERO,
     any: PRESENT | SWAPPED,
     flags: 0,
@@ -38,27 +36,12 @@ const DATA: Wanted = Wanted {
 const IN_HUGE: Wanted = Wanted { any: HUGE, ..DATA };
 /// Guard pages.
 const GUARDS: Wanted = Wanted {
-    all: 0,
     none: 0,
     any: GUARD,
     flags: 0,
 };
-/// Those with data that nothing was written to since they were protected.
-const UNCHANGED: Wanted = Wanted {
-    all: WPALLOWED,
-    none: WRITTEN | FILE | PFNZERO,
-    any: PRESENT | SWAPPED,
-    flags: 0,
-};
-/// The others.
-const CHANGED: Wanted = Wanted {
-    all: WRITTEN,
-    none: FILE | PFNZERO,
-    any: PRESENT | SWAPPED,
-    flags: 0,
-};
-/// The same, which are protected at once: PM_SCAN_WP_MATCHING | PM_SCAN_CHECK_WPASYNC.
-const TO_PROTECT: Wanted = Wanted { flags: 3, ..CHANGED };
+/// The same, and what was written to is protected at once: PM_SCAN_WP_MATCHING | PM_SCAN_CHECK_WPASYNC.
+const TO_PROTECT: Wanted = Wanted { flags: 3, ..DATA };
 
 #[repr(C)]
 #[derive(Default)]
@@ -85,12 +68,26 @@ struct Region {
     categories: u64,
 }
 
+/// Ranges (start, end) with data, sorted.
+#[derive(Debug, Default)]
+pub struct Written {
+    /// Nobody has written to them since they were protected.
+    pub unchanged: Vec<(u64, u64)>,
+    /// All others.
+    pub changed: Vec<(u64, u64)>,
+    /// Those of both that are in huge pages, as [`Pagemap::huge`] tells.
+    pub huge: Vec<(u64, u64)>,
+    /// Guards, which hold nothing, as [`Pagemap::guards`] tells.
+    pub guards: Vec<(u64, u64)>,
+}
+
 /// The page map of one process.
 #[derive(Debug)]
 pub struct Pagemap {
     pid: Pid,
     file: File,
     can_scan: bool,
+    tells_guards: bool,
     anonymous: bool,
 }
 
@@ -103,9 +100,11 @@ impl Pagemap {
             pid,
             file,
             can_scan: true,
+            tells_guards: false,
             anonymous: false,
         };
         map.can_scan = map.scan(&DATA, 0, PAGE_SIZE, &mut Vec::new()).is_ok();
+        map.tells_guards = map.can_scan && map.scan(&GUARDS, 0, PAGE_SIZE, &mut Vec::new()).is_ok();
         Ok(map)
     }
 
@@ -142,36 +141,55 @@ impl Pagemap {
     /// The ranges of [start, end) that are guards (MADV_GUARD_INSTALL of madvise(2); PAGE_IS_GUARD of PAGEMAP_SCAN). None on
     /// a kernel that cannot tell (before 6.16). `out` is appended to.
     pub fn guards(&self, start: u64, end: u64, out: &mut Vec<(u64, u64)>) -> Result<()> {
-        if self.can_scan && self.scan(&GUARDS, start, start + PAGE_SIZE, &mut Vec::new()).is_ok() {
+        if self.tells_guards {
             self.scan(&GUARDS, start, end, out)
         } else {
             Ok(())
         }
     }
 
-    /// The ranges of [start, end) that hold data as above and that nobody has written to since [`Pagemap::protect`]:
-    /// not the program, not the kernel on its behalf, not another process. Memory that is not watched any more (it
-    /// was mapped again, moved, or inherited by fork(2) or lost by execve(2)) counts as written, and so does memory
-    /// that was given up (madvise(2)), which holds nothing.
+    /// Tells the ranges of [start, end) that hold data as above apart: those that nobody has written to since
+    /// [`Pagemap::protect`] (not the program, not the kernel on its behalf, not another process) and all others. Memory
+    /// that is not watched any more (it was mapped again, moved, or inherited by fork(2) or lost by execve(2)) counts as
+    /// written, and so does memory that was given up (madvise(2)), which holds nothing.
     ///
     /// Only for private memory: what others write to a shared object is not seen.
-    pub fn unchanged(&self, start: u64, end: u64, out: &mut Vec<(u64, u64)>) -> Result<()> {
-        self.scan(&UNCHANGED, start, end, out)
+    pub fn written(&self, start: u64, end: u64, out: &mut Written) -> Result<()> {
+        self.scan_written(&DATA, start, end, out)
     }
 
-    /// The ranges of [start, end) that hold data and are not [`Pagemap::unchanged`].
-    pub fn changed(&self, start: u64, end: u64, out: &mut Vec<(u64, u64)>) -> Result<()> {
-        self.scan(&CHANGED, start, end, out)
-    }
-
-    /// The same, and protects them in the same moment, so that the next write to each is seen. All of the range must be
-    /// registered (see [`crate::track`]). Pages that hold nothing need no protection: with data they will count as
-    /// written. So a large reservation costs no page tables.
+    /// The same, and protects what was written to in the same moment, so that the next write to each page is seen. All of
+    /// the range must be registered (see [`crate::track`]). Pages that hold nothing need no protection: with data they
+    /// will count as written. So a large reservation costs no page tables.
     ///
     /// # Errors
     /// EPERM when a part of the range is not registered.
-    pub fn protect(&self, start: u64, end: u64, out: &mut Vec<(u64, u64)>) -> Result<()> {
-        self.scan(&TO_PROTECT, start, end, out)
+    pub fn protect(&self, start: u64, end: u64, out: &mut Written) -> Result<()> {
+        self.scan_written(&TO_PROTECT, start, end, out)
+    }
+
+    fn scan_written(&self, wanted: &Wanted, start: u64, end: u64, out: &mut Written) -> Result<()> {
+        let guard = if self.tells_guards { GUARD } else { 0 };
+        let wanted = &Wanted {
+            any: wanted.any | guard,
+            ..*wanted
+        };
+        self.scan_each(wanted, WPALLOWED | WRITTEN | HUGE, start, end, |region| {
+            if region.categories & guard != 0 {
+                append(&mut out.guards, region.start, region.end);
+                return Ok(());
+            }
+            if region.categories & HUGE != 0 {
+                append(&mut out.huge, region.start, region.end);
+            }
+            let is_unchanged = region.categories & (WPALLOWED | WRITTEN) == WPALLOWED;
+            let out = if is_unchanged {
+                &mut out.unchanged
+            } else {
+                &mut out.changed
+            };
+            self.add(region, out)
+        })
     }
 
     /// Which pages of `ranges` (start, end; sorted) are the very pages that `other` has at the same addresses:
@@ -228,6 +246,27 @@ impl Pagemap {
     }
 
     fn scan(&self, wanted: &Wanted, start: u64, end: u64, out: &mut Vec<(u64, u64)>) -> Result<()> {
+        self.scan_each(wanted, 0, start, end, |region| self.add(region, out))
+    }
+
+    fn add(&self, region: &Region, out: &mut Vec<(u64, u64)>) -> Result<()> {
+        if region.categories & SWAPPED != 0 {
+            // Markers without data are called swapped too: the page map itself tells them apart.
+            return self.walk(region.start, region.end, out);
+        }
+        append(out, region.start, region.end);
+        Ok(())
+    }
+
+    /// Hands over each region of pages that are alike in what `wanted` asks for and in the categories `apart`.
+    fn scan_each(
+        &self,
+        wanted: &Wanted,
+        apart: u64,
+        start: u64,
+        end: u64,
+        mut each: impl FnMut(&Region) -> Result<()>,
+    ) -> Result<()> {
         let mut regions = [Region::default(); 512];
         let mut at = start;
         while at < end {
@@ -241,22 +280,15 @@ impl Pagemap {
                 vec: regions.as_mut_ptr() as u64,
                 vec_len: regions.len() as u64,
                 category_inverted: none,
-                category_mask: wanted.all | none,
+                category_mask: none,
                 category_anyof_mask: wanted.any,
-                return_mask: wanted.any,
+                return_mask: wanted.any | apart,
                 ..ScanArg::default()
             };
             // SAFETY: arg and regions are valid for the kernel to fill.
             let ret = unsafe { libc::ioctl(self.file.as_raw_fd(), PAGEMAP_SCAN, &raw mut arg) };
             let count = check(ret.into(), "PAGEMAP_SCAN", self.pid)? as usize;
-            for r in &regions[..count] {
-                if r.categories & SWAPPED == 0 {
-                    append(out, r.start, r.end);
-                } else {
-                    // Markers without data are called swapped too: the page map itself tells them apart.
-                    self.walk(r.start, r.end, out)?;
-                }
-            }
+            regions[..count].iter().try_for_each(&mut each)?;
             at = arg.walk_end;
         }
         Ok(())

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use crate::{fd, mem, pagemap, pidfd, proc, track};
+use crate::{fd, marks, mem, pagemap, pidfd, proc, track};
 
 /// One answer: whether, and how it was found out.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -40,7 +40,7 @@ pub fn all() -> BTreeMap<&'static str, Ability> {
             .any(|m| m.fs_type == kind && (option.is_empty() || m.super_options.split(',').any(|o| o == option)))
     };
     let file = |path: &str| std::path::Path::new(path).exists();
-    let table: [(&'static str, bool, &'static str); 14] = [
+    let table: [(&'static str, bool, &'static str); 15] = [
         ("root", has_capability(21), "CAP_SYS_ADMIN in CapEff"),
         ("ptrace", has_capability(19), "CAP_SYS_PTRACE in CapEff"),
         ("raise-limits", may_raise_limits(), "CAP_SYS_RESOURCE in CapEff"),
@@ -55,6 +55,11 @@ pub fn all() -> BTreeMap<&'static str, Ability> {
             "track-writes",
             track::is_available(),
             "userfaultfd(2), UFFD_FEATURE_WP_ASYNC",
+        ),
+        (
+            "mapping-marks",
+            marks::is_available(),
+            "bpf(2), an iterator over task_vma",
         ),
         ("proc-mem", mem::Memory::open(me).is_ok(), "/proc/self/mem"),
         ("children", file("/proc/self/task"), "/proc/PID/task/TID/children"),

@@ -308,6 +308,14 @@ pub fn smaps(pid: Pid) -> Result<Vec<Vma>> {
     parse_maps(&text).ok_or_else(|| bad(&path, &text))
 }
 
+/// How much of its memory is there, in bytes (statm of proc(5)).
+pub fn resident(pid: Pid) -> Result<u64> {
+    let path = format!("/proc/{pid}/statm");
+    let text = read(&path)?;
+    let pages = text.split_ascii_whitespace().nth(1).and_then(|p| p.parse::<u64>().ok());
+    pages.map(|p| p * crate::PAGE_SIZE).ok_or_else(|| bad(&path, &text))
+}
+
 /// The mappings of a process without flags.
 pub fn maps(pid: Pid) -> Result<Vec<Vma>> {
     let path = format!("/proc/{pid}/maps");

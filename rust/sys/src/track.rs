@@ -102,7 +102,7 @@ mod tests {
     use std::ptr;
 
     use super::*;
-    use crate::pagemap::Pagemap;
+    use crate::pagemap::{Pagemap, Written};
     use crate::{PAGE_SIZE, Pid};
 
     const PAGE: usize = PAGE_SIZE as usize;
@@ -161,13 +161,19 @@ mod tests {
 
         /// The pages that nothing has changed, by number.
         fn unchanged(&self) -> Vec<u64> {
-            let mut out = Vec::new();
-            let map = Pagemap::open(std::process::id() as Pid).unwrap();
-            map.unchanged(self.start(), self.end(), &mut out).unwrap();
-            out.iter()
+            self.written()
+                .unchanged
+                .iter()
                 .flat_map(|r| (r.0..r.1).step_by(PAGE))
                 .map(|a| (a - self.start()) / PAGE_SIZE)
                 .collect()
+        }
+
+        fn written(&self) -> Written {
+            let mut out = Written::default();
+            let map = Pagemap::open(std::process::id() as Pid).unwrap();
+            map.written(self.start(), self.end(), &mut out).unwrap();
+            out
         }
 
         fn protect(&self, watch: &Watch) {
@@ -176,7 +182,7 @@ mod tests {
                 Registered::Yes
             );
             let map = Pagemap::open(std::process::id() as Pid).unwrap();
-            map.protect(self.start(), self.end(), &mut Vec::new()).unwrap();
+            map.protect(self.start(), self.end(), &mut Written::default()).unwrap();
         }
     }
 
@@ -208,9 +214,7 @@ mod tests {
         map.read(7);
         map.write(7, 1);
         assert_eq!(map.unchanged(), [0, 1, 3, 4, 5, 6]);
-        let mut changed = Vec::new();
-        let pages = Pagemap::open(std::process::id() as Pid).unwrap();
-        pages.changed(map.start(), map.end(), &mut changed).unwrap();
+        let changed = map.written().changed;
         let page = |p: u64| map.start() + p * PAGE_SIZE;
         assert_eq!(changed, [(page(2), page(3)), (page(7), page(8))]);
         map.protect(&watch);
@@ -339,10 +343,10 @@ mod tests {
         unsafe { at.cast::<u8>().add(page as usize).write_volatile(1) };
         assert_eq!(watch.register(start, len).unwrap(), Registered::Yes);
         let map = Pagemap::open(std::process::id() as Pid).unwrap();
-        map.protect(start, start + len, &mut Vec::new()).unwrap();
-        let mut out = Vec::new();
-        map.unchanged(start, start + len, &mut out).unwrap();
-        assert!(out.iter().any(|r| r.0 <= start + page && start + page < r.1));
+        map.protect(start, start + len, &mut Written::default()).unwrap();
+        let mut out = Written::default();
+        map.written(start, start + len, &mut out).unwrap();
+        assert!(out.unchanged.iter().any(|r| r.0 <= start + page && start + page < r.1));
         let status = std::fs::read_to_string("/proc/self/status").unwrap();
         let tables = status.lines().find_map(|l| l.strip_prefix("VmPTE:")).unwrap();
         let kib: u64 = tables.trim().trim_end_matches(" kB").trim().parse().unwrap();
