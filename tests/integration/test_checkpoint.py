@@ -433,6 +433,20 @@ UNSUPPORTED = {
         "what waits in fd",
     ),
     "a netlink socket": ("import socket; s = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, 0)", "netlink"),
+    "a raw socket": ("import socket; s = socket.socket(socket.AF_INET, socket.SOCK_RAW, 1)", "raw IP"),
+    "a packet socket": ("import socket; s = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, 0)", "packet"),
+    "a UDP-Lite socket": ("import socket; s = socket.socket(socket.AF_INET, socket.SOCK_DGRAM, 136)", "UDP-Lite"),
+    "half a datagram": (
+        "import socket; u = socket.socket(socket.AF_INET, socket.SOCK_DGRAM); u.connect(('127.0.0.1', 9)); u.send(b'half', 0x8000)",
+        "UDP_CORK",
+    ),
+    "a datagram to a port that may be shared": (
+        (
+            "import socket; u = socket.socket(socket.AF_INET, socket.SOCK_DGRAM); u.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1);"
+            "u.bind(('127.0.0.1', 9)); u.sendto(b'x', u.getsockname())"
+        ),
+        "may share its port",
+    ),
     "a key in the session's ring": (_add_key(-3), "session key ring"),
     "a key in the thread's ring": (_add_key(-1), "thread key ring"),
     "a Landlock domain": (

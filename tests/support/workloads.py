@@ -150,7 +150,7 @@ WORKLOADS = {
         Workload("advice", ("/bin/advice",), "busybox", restless=True),
         Workload("flags", ("/bin/flags",), "busybox", restless=True),
         _c("clocks"), _c("waits"),
-        _c("alone"), _c("churn"),
+        _c("alone"), _c("churn"), _c("datagrams"),
         _c("timerfds"), _c("posixtimers"), _c("pidfds"), _c("watches"), _c("locks"), _c("owners"),
         # Where real-time groups are on, a group has no real-time processes unless it is given time for them.
         Workload("scheduling", ("/bin/scheduling",), "busybox", cpu=(("realtimeRuntime", 10000), ("realtimePeriod", 1000000))),

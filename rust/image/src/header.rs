@@ -27,8 +27,8 @@ pub const CONNECTIONS: &str = "connections";
 /// Required of the reader of an image of tasks that have in common what processes have apart, or apart what threads have in
 /// common: one that does not know them would make them otherwise.
 pub const SHARING: &str = "sharing";
-/// Required of the reader of an image in whose unix sockets there is more in flight than bytes: open files, credentials,
-/// connections that wait. One that does not know them would leave them out.
+/// Required of the reader of an image in whose sockets there is more in flight than older ones know: open files, credentials,
+/// connections in unix sockets, datagrams in UDP sockets. One that does not know them would leave them out.
 pub const IN_FLIGHT: &str = "in-flight";
 /// Required of the reader of an image that holds objects of System V IPC, or limits of theirs: one that does not know them
 /// would leave them out.

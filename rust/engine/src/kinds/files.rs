@@ -95,7 +95,8 @@ impl Object {
     /// What a reader must know to restore it, if that is more than it is at first sight.
     pub fn requires(&self) -> Option<&'static str> {
         match self {
-            Object::Inet(state) => state.has_met().then_some(torpor_image::CONNECTIONS),
+            Object::Inet(state) if state.has_met() => Some(torpor_image::CONNECTIONS),
+            Object::Inet(state) => (!state.queue.is_empty()).then_some(torpor_image::IN_FLIGHT),
             Object::Unix(state) => state.has_cargo().then_some(torpor_image::IN_FLIGHT),
             _ => None,
         }

@@ -54,6 +54,17 @@ pub struct Endpoint {
     pub device: String,
 }
 
+/// A datagram that waits to be read.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Datagram {
+    /// Its bytes.
+    pub data: BlobRef,
+    /// Who sent it.
+    pub from: SocketAddr,
+    /// To which of our addresses.
+    pub to: IpAddr,
+}
+
 /// A multicast group that a socket receives.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[allow(missing_docs)]
@@ -93,6 +104,9 @@ pub struct State {
     /// 1: receives no more, 2: sends no more.
     #[serde(default)]
     pub shutdown: u8,
+    /// Datagrams that wait to be read, the first one first.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub queue: Vec<Datagram>,
     /// Multicast groups.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub groups: Vec<Group>,
@@ -110,6 +124,11 @@ impl State {
         if self.mptcp {
             return Some(format!(
                 "socket {local}: MPTCP is not carried yet, it comes back as plain TCP"
+            ));
+        }
+        if self.queue.iter().any(|d| d.data.len == 0) {
+            return Some(format!(
+                "socket {local}: an empty datagram waits, which the kernel shows only once: a further checkpoint of this container will not have it"
             ));
         }
         self.reset.then(|| {
@@ -140,6 +159,15 @@ impl State {
     fn ends(&self) -> (String, String) {
         let show = |e: &Option<Endpoint>| e.as_ref().map(|e| e.address.to_string()).unwrap_or_default();
         (show(&self.local), show(&self.peer))
+    }
+
+    /// Nobody else can have the port of this UDP socket.
+    fn is_alone_at_its_port(&self) -> bool {
+        let shares = ["SO_REUSEADDR", "SO_REUSEPORT"]
+            .iter()
+            .any(|name| self.options.contains_key(*name));
+        let has_port = self.local.as_ref().is_some_and(|l| l.address.port() != 0);
+        self.protocol == Protocol::Udp && has_port && !shares
     }
 
     fn family(&self) -> i32 {
@@ -200,6 +228,7 @@ pub fn collect(
         reset: false,
         backlog: None,
         shutdown: 0,
+        queue: Vec::new(),
         groups: Vec::new(),
         owner: (id.mode, id.uid, id.gid),
         options: Values::new(),
@@ -213,7 +242,7 @@ pub fn collect(
     subject.check_surroundings(connection.is_some())?;
     match protocol {
         Protocol::Tcp => subject.tcp(&mut state, id.ino, survey, blob)?,
-        Protocol::Udp => subject.udp(&mut state)?,
+        Protocol::Udp => subject.udp(&mut state, blob)?,
     }
     let new = || socket::create(state.family(), protocol.kind(), 0);
     let new = namespace::within(pid, &["net"], new).about(pid, &subject.object)?;

@@ -1,11 +1,11 @@
-//! Messages of unix sockets with what comes beside their bytes: descriptors and credentials (unix(7)).
+//! Messages with what comes beside their bytes: descriptors and credentials (unix(7)), where they were sent to (ip(7)).
 
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
 
 use nix::errno::Errno;
 use serde::{Deserialize, Serialize};
 
-use super::{ADDRESS, Address, raw, unix_name};
+use super::{ADDRESS, Address, raw};
 use crate::error::{Result, check};
 
 /// Who sent a message (SCM_CREDENTIALS).
@@ -25,8 +25,12 @@ pub const MOST_RIGHTS: usize = 253;
 pub struct Seen {
     /// Its length, which may be more than there was room for.
     pub len: usize,
-    /// The name of its sender; empty when it has none.
-    pub from: Vec<u8>,
+    /// Who sent it, by the address of that socket.
+    pub sender: Option<Address>,
+    /// Where it was sent to, where the socket shows that (IP_RECVORIGDSTADDR, IPV6_RECVORIGDSTADDR).
+    pub destination: Option<Address>,
+    /// It was put together from several (UDP_GRO).
+    pub is_joined: bool,
     /// New descriptors for the open files that it brings, close-on-exec.
     pub rights: Vec<OwnedFd>,
     /// Who sent it, where the socket shows that (SO_PASSCRED). Of a message that has none the kernel shows process 0
@@ -39,7 +43,7 @@ pub struct Seen {
 /// Room for descriptors, credentials, a pidfd, a security label and time stamps.
 const CONTROL: usize = 2048;
 
-/// Looks at the next message of a unix socket, or at the bytes of a stream as far as `room` goes and as they were sent
+/// Looks at the next message of a socket, or at the bytes of a stream as far as `room` goes and as they were sent
 /// together, and leaves it there. `None` when there are none; but a pending error is taken away then, so look only where
 /// there is data.
 pub fn look(socket: impl AsFd, room: &mut [u8]) -> Result<Option<Seen>> {
@@ -82,7 +86,9 @@ fn receive(socket: &impl AsFd, room: &mut [u8], beyond: usize) -> Result<Option<
     };
     let mut seen = Seen {
         len,
-        from: unix_name(name.get(2..head.msg_namelen as usize).unwrap_or_default()).to_vec(),
+        sender: name.get(..head.msg_namelen as usize).and_then(Address::from_bytes),
+        destination: None,
+        is_joined: false,
         rights: Vec::new(),
         credentials: None,
         is_whole: head.msg_flags & libc::MSG_CTRUNC == 0,
@@ -104,6 +110,8 @@ fn receive(socket: &impl AsFd, room: &mut [u8], beyond: usize) -> Result<Option<
 impl Seen {
     fn take(&mut self, level: i32, kind: i32, bytes: &[u8]) {
         const SCM_PIDFD: i32 = 4;
+        const IPV6_ORIGDSTADDR: i32 = 74;
+        const UDP_GRO: i32 = 104;
         let word = |at: usize| bytes.get(at..).and_then(|b| b.first_chunk()).copied();
         let number = |at| word(at).map_or(0, i32::from_ne_bytes);
         match (level, kind) {
@@ -124,6 +132,10 @@ impl Seen {
                 // SAFETY: the kernel just gave it to us. It says no more than the credentials do.
                 drop(unsafe { OwnedFd::from_raw_fd(number(0)) });
             }
+            (libc::SOL_IP, libc::IP_ORIGDSTADDR) | (libc::SOL_IPV6, IPV6_ORIGDSTADDR) => {
+                self.destination = Address::from_bytes(bytes);
+            }
+            (libc::SOL_UDP, UDP_GRO) => self.is_joined = true,
             _ => {}
         }
     }

@@ -270,6 +270,23 @@ pub fn int(socket: &impl AsFd, number: i32) -> Result<i32> {
     Ok(i32::from_ne_bytes(room))
 }
 
+/// An option that is an int; `None` when this kind of socket has none.
+pub fn int_at_level(socket: &impl AsFd, level: i32, number: i32) -> Result<Option<i32>> {
+    let mut room = [0; 4];
+    match get(socket, level, number, &mut room) {
+        Err(e) if matches!(e.errno(), Some(Errno::ENOPROTOOPT | Errno::EOPNOTSUPP)) => Ok(None),
+        len => len.map(|_| Some(i32::from_ne_bytes(room))),
+    }
+}
+
+/// The memory of what a socket has received and nobody has read (SO_MEMINFO).
+pub fn received(socket: &impl AsFd) -> Result<u32> {
+    const SO_MEMINFO: i32 = 55;
+    let mut room = [0; 4];
+    get(socket, SO, SO_MEMINFO, &mut room)?;
+    Ok(u32::from_ne_bytes(room))
+}
+
 /// Sets an option of SOL_SOCKET that is an int.
 pub fn set_int(socket: &impl AsFd, number: i32, value: i32, name: &str) -> Result<()> {
     set(socket, SO, number, &value.to_ne_bytes(), name)

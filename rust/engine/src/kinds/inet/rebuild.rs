@@ -9,7 +9,7 @@ use torpor_sys::socket::{self, Address, options, tcp};
 use torpor_sys::{Pid, fd, namespace};
 
 use super::connection::{self, Bytes, Mate};
-use super::{Endpoint, Protocol, State};
+use super::{Datagram, Endpoint, Protocol, State, udp};
 use crate::error::{About, Error, Result};
 use crate::kinds::creds::IdMaps;
 
@@ -25,14 +25,20 @@ pub fn rebuild<'a>(init: Pid, states: &[&'a State], blob: &dyn Fn(BlobRef) -> Re
         })),
     };
     let bytes = states.iter().map(bytes).collect::<Result<Vec<_>>>()?;
-    let parts = states.iter().zip(bytes);
+    let queue = |state: &&'a State| state.queue.iter().map(|d| Ok((d, blob(d.data)?))).collect();
+    let queues = states.iter().map(queue).collect::<Result<Vec<Vec<_>>>>()?;
+    let parts = states.iter().zip(bytes).zip(queues);
     let maps = IdMaps::of(init)?;
-    let part = |(state, bytes): (&&'a State, _)| Part {
+    let part = |((state, bytes), queue): ((&&'a State, _), _)| Part {
         state,
         bytes,
+        queue,
         owner: maps.outer_owner(state.owner),
     };
     let parts: Vec<Part<'_>> = parts.map(part).collect();
+    if let Some(bad) = states.iter().find(|s| !s.queue.is_empty() && !s.is_alone_at_its_port()) {
+        return Err(Error::nonsense(format!("datagrams that nobody can have sent: {bad:?}")));
+    }
     if let Some(bad) = states
         .iter()
         .find(|s| s.connection.is_some() && (s.local.is_none() || s.peer.is_none()))
@@ -46,6 +52,8 @@ pub fn rebuild<'a>(init: Pid, states: &[&'a State], blob: &dyn Fn(BlobRef) -> Re
 struct Part<'a> {
     state: &'a State,
     bytes: Option<Bytes>,
+    /// Datagrams that wait in it.
+    queue: Vec<(&'a Datagram, Vec<u8>)>,
     /// Mode, user and group as we number them.
     owner: (u32, u32, u32),
 }
@@ -59,7 +67,8 @@ fn run(parts: &[Part<'_>]) -> Made<Vec<OwnedFd>> {
             .as_ref()
             .is_some_and(|l| connection::is_loopback(&l.address))
     };
-    if parts.iter().any(|p| p.bytes.is_some() && is_near(&p)) {
+    let arrives = |p: &Part<'_>| !p.queue.is_empty();
+    if parts.iter().any(|p| (p.bytes.is_some() && is_near(&p)) || arrives(p)) {
         socket::raise_loopback()?;
     }
     let made = parts.iter().map(Part::create).collect::<Made<Vec<_>>>()?;
@@ -96,6 +105,10 @@ impl Part<'_> {
             Some((connection, peer, bytes)) => connection.open(&socket, &local, &peer.here(&socket)?, bytes)?,
             None if state.reset => reset(state, &socket, &local)?,
             None => socket::bind(&socket, &local)?,
+        }
+        if let (Some(local), false) = (&state.local, self.queue.is_empty()) {
+            // From anybody, so before it has a peer.
+            udp::arrive(&socket, local.address.port(), &self.queue)?;
         }
         Ok(socket)
     }

@@ -264,17 +264,114 @@ fn udp_sockets_send_and_receive_again() {
             let (len, from) = b.recv_from(&mut room).unwrap();
             assert_eq!((&room[..len], from), (&b"hello"[..], a.local_addr().unwrap()));
             a.send(b"").unwrap();
-            assert!(here.refusal_of(&there, &b).contains("datagrams wait"));
         }
     }
 }
 
-impl Container {
-    /// The refusal of whichever container the socket belongs to.
-    fn refusal_of(&self, other: &Container, fd: &impl AsFd) -> String {
-        let own = socket::net_namespace(fd).unwrap() == proc::namespace(self.pid(), "net").unwrap();
-        if own { self.refusal(fd) } else { other.refusal(fd) }
+/// Saves sockets with what waits in them, closes them, and rebuilds them in another container.
+fn move_all<const N: usize>(from: &Container, to: &Container, fds: [OwnedFd; N]) -> [OwnedFd; N] {
+    let blobs = std::cell::RefCell::new(Vec::<Vec<u8>>::new());
+    let mut store = |bytes: &[u8]| {
+        blobs.borrow_mut().push(bytes.to_vec());
+        Ok(BlobRef {
+            offset: blobs.borrow().len() as u64 - 1,
+            len: bytes.len() as u64,
+        })
+    };
+    let survey = connection::survey(from.pid(), &[], connection::Policy::default()).unwrap();
+    let mut save = |fd: &OwnedFd| {
+        let before = all_options(fd);
+        let state = collect(from.pid(), fd.as_raw_fd(), fd, &survey, &mut store).unwrap();
+        same(before, all_options(fd));
+        state
+    };
+    let states: Vec<State> = fds.iter().map(&mut save).collect();
+    let options: Vec<Options> = fds.iter().map(all_options).collect();
+    drop(fds);
+    let read = |blob: BlobRef| Ok(blobs.borrow()[blob.offset as usize].clone());
+    let made = rebuild(to.pid(), &states.iter().collect::<Vec<_>>(), &read).unwrap();
+    for (before, made) in options.into_iter().zip(&made) {
+        same(before, all_options(made));
     }
+    made.try_into().unwrap()
+}
+
+#[test]
+fn datagrams_that_wait_arrive_once_more() {
+    let _alone = crate::tests::alone();
+    let (here, there) = (Container::new(), Container::new());
+    let bind = |address: &str| here.run(|| UdpSocket::bind(address).unwrap());
+    let (plain, both, tied) = (bind("0.0.0.0:7003"), bind("[::]:7005"), bind("127.0.0.1:7006"));
+    let senders = ["127.0.0.1:7101", "10.7.7.1:7102", "[::1]:7103"].map(bind);
+    let port = |to: &UdpSocket| to.local_addr().unwrap().port();
+    for n in 0..20u8 {
+        let text = vec![n; usize::from(n) * 300];
+        senders[0].send_to(&text, ("127.0.0.1", port(&plain))).unwrap();
+        senders[1].send_to(&text, ("10.7.7.1", port(&plain))).unwrap();
+    }
+    senders[0].send_to(b"v4", ("127.0.0.1", port(&both))).unwrap();
+    senders[2].send_to(&[7; 65_000], ("::1", port(&both))).unwrap();
+    senders[2].send_to(b"odd", ("::1", port(&both))).unwrap();
+    senders[0]
+        .send_to(b"from a stranger", ("127.0.0.1", port(&tied)))
+        .unwrap();
+    tied.connect("127.0.0.1:9").unwrap();
+    set(&plain, libc::SOL_SOCKET, libc::SO_PEEK_OFF, 3);
+    let addresses = senders.each_ref().map(|s| s.local_addr().unwrap());
+    // They are gone when the datagrams come again.
+    drop(senders);
+    let made = move_all(&here, &there, [plain.into(), both.into(), tied.into()]);
+    let [plain, both, tied] = move_all(&there, &here, made).map(UdpSocket::from);
+    let mut room = vec![0; 70_000];
+    let mut next = |socket: &UdpSocket| {
+        socket.set_nonblocking(true).unwrap();
+        let (len, from) = socket.recv_from(&mut room).unwrap();
+        (room[..len].to_vec(), from)
+    };
+    for n in 0..20u8 {
+        let text = vec![n; usize::from(n) * 300];
+        assert_eq!(next(&plain), (text.clone(), addresses[0]));
+        assert_eq!(next(&plain), (text, addresses[1]));
+    }
+    assert_eq!(
+        next(&both),
+        (b"v4".to_vec(), "[::ffff:127.0.0.1]:7101".parse().unwrap())
+    );
+    assert_eq!(next(&both), (vec![7; 65_000], addresses[2]));
+    assert_eq!(next(&both), (b"odd".to_vec(), addresses[2]));
+    assert_eq!(next(&tied), (b"from a stranger".to_vec(), addresses[0]));
+    for socket in [plain, both, tied] {
+        assert!(socket.recv(&mut [0]).is_err(), "nothing came twice");
+    }
+}
+
+#[test]
+fn datagrams_that_nobody_could_send_again() {
+    let _alone = crate::tests::alone();
+    let here = Container::new();
+    let shared = here.run(|| UdpSocket::bind("127.0.0.1:0").unwrap());
+    set(&shared, libc::SOL_SOCKET, libc::SO_REUSEPORT, 1);
+    shared.send_to(b"x", shared.local_addr().unwrap()).unwrap();
+    assert!(here.refusal(&shared).contains("may share its port (SO_REUSEPORT)"));
+    let group = here.run(|| {
+        let socket = UdpSocket::bind("0.0.0.0:7009").unwrap();
+        socket
+            .join_multicast_v4(&"239.1.2.3".parse().unwrap(), &"127.0.0.1".parse().unwrap())
+            .unwrap();
+        let sender = UdpSocket::bind("127.0.0.1:0").unwrap();
+        sender.send_to(b"x", "239.1.2.3:7009").unwrap();
+        socket
+    });
+    assert!(here.refusal(&group).contains("which nobody could send again"));
+    let empty = here.run(|| UdpSocket::bind("127.0.0.1:0").unwrap());
+    empty.send_to(b"", empty.local_addr().unwrap()).unwrap();
+    assert!(
+        here.save(&empty.into())
+            .unwrap()
+            .warning()
+            .unwrap()
+            .contains("an empty datagram waits")
+    );
 }
 
 #[test]
@@ -384,6 +481,16 @@ fn what_is_refused() {
         here.refusal(&make(libc::AF_PACKET, libc::SOCK_RAW, 0))
             .contains("packet")
     );
+    // A new network namespace lets nobody have one.
+    here.run(|| std::fs::write("/proc/sys/net/ipv4/ping_group_range", "0 0").unwrap());
+    assert!(
+        here.refusal(&make(libc::AF_INET, libc::SOCK_DGRAM, libc::IPPROTO_ICMP))
+            .contains("ICMP")
+    );
+    // Not every kernel has these.
+    if let Ok(vsock) = socket::create(libc::AF_VSOCK, libc::SOCK_STREAM, 0) {
+        assert!(here.refusal(&vsock).contains("vsock"));
+    }
     assert!(
         here.refusal(&UdpSocket::bind("127.0.0.1:0").unwrap())
             .contains("network namespace")

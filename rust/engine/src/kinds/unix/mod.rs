@@ -1,6 +1,5 @@
 //! Unix sockets: names, peers, and what waits to be read.
 
-mod ajar;
 mod call;
 mod collect;
 mod deliver;

@@ -6,10 +6,10 @@ use torpor_sys::Pid;
 use torpor_sys::socket::message::{self, Credentials, Seen};
 use torpor_sys::socket::{self, options};
 
-use super::ajar::Ajar;
 use super::collect::{Subject, Survey};
 use super::{Kind, Name};
 use crate::error::{About, Result};
+use crate::kinds::ajar::Ajar;
 
 /// A message as it is found; `R` is what stands for an open file that it brings.
 #[derive(Debug, Clone)]
@@ -49,7 +49,8 @@ pub fn look(survey: &Survey, holders: &[Holder<'_>]) -> Result<Vec<Vec<Unread<Ow
     }
     let sockets: Vec<&OwnedFd> = subjects.iter().flatten().map(|s| s.fd).collect();
     let first = holders.first().map_or(0, |h| h.pid);
-    let ajar = Ajar::open(&sockets).about(first, "unix sockets")?;
+    let senders = [(libc::SOL_SOCKET, libc::SO_PASSCRED, "SO_PASSCRED")];
+    let ajar = Ajar::open(&sockets, &senders).about(first, "unix sockets")?;
     let read = |subject: &Option<Subject<'_>>| match subject {
         None => Ok(Vec::new()),
         Some(subject) if subject.kind == Kind::Stream => subject.stream(&ajar),
@@ -76,7 +77,7 @@ impl Subject<'_> {
         }
         Ok(Unread {
             data: data[..seen.len].to_vec(),
-            from: Name(seen.from),
+            from: seen.sender.map(Name::of).unwrap_or_default(),
             rights: seen.rights,
             credentials: seen.credentials.filter(is_noted),
         })

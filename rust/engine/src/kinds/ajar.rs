@@ -1,6 +1,6 @@
-//! Sockets that show their whole queues for a moment: SO_PEEK_OFF lets one message be looked at after another, and
-//! SO_PASSCRED shows who sent them. Both are the program's, and are put back also when the tracer is killed meanwhile:
-//! by a process that waits for that.
+//! Sockets that show their whole queues for a moment: SO_PEEK_OFF lets one message be looked at after another, and other
+//! options show who sent them and where to. All are the program's, and are put back also when the tracer is killed
+//! meanwhile: by a process that waits for that.
 
 use std::io::Read;
 use std::os::fd::{AsRawFd, OwnedFd};
@@ -10,29 +10,41 @@ use torpor_sys::{Pid, fd, fork};
 
 type Made<T> = torpor_sys::Result<T>;
 
+/// An option that shows more: level, number, name.
+pub(super) type Extra = (i32, i32, &'static str);
+
 /// A socket and what its options were.
 struct Before<'a> {
     socket: &'a OwnedFd,
-    peek_offset: i32,
-    pass_credentials: i32,
+    options: Vec<(Extra, i32)>,
+}
+
+const PEEK_OFFSET: Extra = (libc::SOL_SOCKET, libc::SO_PEEK_OFF, "SO_PEEK_OFF");
+
+fn set(socket: &OwnedFd, (level, number, name): Extra, value: i32) -> Made<()> {
+    options::set(socket, level, number, &value.to_ne_bytes(), name)
 }
 
 impl<'a> Before<'a> {
-    fn of(socket: &&'a OwnedFd) -> Made<Before<'a>> {
-        Ok(Before {
-            socket,
-            peek_offset: options::int(*socket, libc::SO_PEEK_OFF)?,
-            pass_credentials: options::int(*socket, libc::SO_PASSCRED)?,
-        })
+    fn of(socket: &'a OwnedFd, extra: &[Extra]) -> Made<Before<'a>> {
+        let mut found = Vec::new();
+        for option in [PEEK_OFFSET].iter().chain(extra) {
+            let value = options::int_at_level(socket, option.0, option.1)?;
+            found.extend(value.map(|value| (*option, value)));
+        }
+        Ok(Before { socket, options: found })
     }
 
-    fn set(&self, peek_offset: i32, pass_credentials: i32) -> Made<()> {
-        options::set_int(self.socket, libc::SO_PEEK_OFF, peek_offset, "SO_PEEK_OFF")?;
-        options::set_int(self.socket, libc::SO_PASSCRED, pass_credentials, "SO_PASSCRED")
+    fn open(&self) -> Made<()> {
+        for (option, _) in &self.options {
+            set(self.socket, *option, if *option == PEEK_OFFSET { 0 } else { 1 })?;
+        }
+        Ok(())
     }
 
     fn put_back(&self) -> Made<()> {
-        self.set(self.peek_offset, self.pass_credentials)
+        let put = |(option, value): &(Extra, i32)| set(self.socket, *option, *value);
+        self.options.iter().try_for_each(put)
     }
 }
 
@@ -44,8 +56,10 @@ pub(super) struct Ajar<'a> {
 }
 
 impl<'a> Ajar<'a> {
-    pub(super) fn open(sockets: &[&'a OwnedFd]) -> Made<Ajar<'a>> {
-        let before = sockets.iter().map(Before::of).collect::<Made<Vec<_>>>()?;
+    /// `extra` are options that are on meanwhile, of those sockets that have them.
+    pub(super) fn open(sockets: &[&'a OwnedFd], extra: &[Extra]) -> Made<Ajar<'a>> {
+        let before = sockets.iter().map(|socket| Before::of(socket, extra));
+        let before = before.collect::<Made<Vec<_>>>()?;
         let mut ajar = Ajar { before, guard: None };
         if ajar.before.is_empty() {
             return Ok(ajar);
@@ -62,13 +76,13 @@ impl<'a> Ajar<'a> {
             i32::from(!all)
         })?;
         ajar.guard = Some((child, writer));
-        ajar.before.iter().try_for_each(|b| b.set(0, 1))?;
+        ajar.before.iter().try_for_each(Before::open)?;
         Ok(ajar)
     }
 
     /// Where the next look at a socket begins.
     pub(super) fn from(&self, socket: &OwnedFd, offset: i32) -> Made<()> {
-        options::set_int(socket, libc::SO_PEEK_OFF, offset, "SO_PEEK_OFF")
+        set(socket, PEEK_OFFSET, offset)
     }
 }
 
@@ -99,7 +113,7 @@ mod tests {
         options::set_int(&b, libc::SO_PEEK_OFF, 5, "test").unwrap();
         let (reader, writer) = fd::pipe().unwrap();
         let tracer = fork::fork(|| {
-            let _ajar = Ajar::open(&[&b]);
+            let _ajar = Ajar::open(&[&b], &[(libc::SOL_SOCKET, libc::SO_PASSCRED, "SO_PASSCRED")]);
             drop(writer);
             drop(reader);
             std::thread::sleep(std::time::Duration::from_secs(600));
