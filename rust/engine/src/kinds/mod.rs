@@ -1,7 +1,7 @@
 //! One file for each kind of state: what it is in the image, how it is collected, how it is rebuilt.
 
-pub mod cgroups;
 mod ajar;
+pub mod cgroups;
 pub mod clocks;
 pub mod console;
 pub mod cpu;
