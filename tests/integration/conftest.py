@@ -9,6 +9,7 @@ import pytest
 from support import bundles, leaks
 from support.bundles import HostRoot
 from support.cli import Container, Torpor, new_id
+from support.net import Net
 from support.workloads import WORKLOADS, Stage
 
 pytestmark = pytest.mark.requires("root")
@@ -83,6 +84,13 @@ def busybox(tmp: Path) -> Callable[..., Path]:
         return bundles.write(bundle, config)
 
     return make
+
+
+@pytest.fixture
+def net(leak_check: None) -> Iterator[Net]:
+    made = Net(new_id("n")[-8:])
+    yield made
+    made.close()
 
 
 # A program that does nothing but answer the workload protocol, for tests that are about something else.
