@@ -147,6 +147,7 @@ def restore(
     record_working_set: bool = False,
     track: bool = False,
     tcp_close: bool = False,
+    files: str = "size",
     on_progress: Callable[[Progress], object] | None = None,
 ) -> Container:
     """Wake up an image in a new container. The same image can be restored any number of times, also at once.
@@ -163,6 +164,8 @@ def restore(
             what has changed without reading the rest; not with `background`.
         tcp_close: close the TCP connections that the image keeps (`Container.checkpoint` with `tcp_established`): the
             program reads ECONNRESET from them.
+        files: what a file that was mapped or open for reading must still be: "strict" (not written to since), "size"
+            (of the same size), or "ignore".
         on_progress: called while the image is read and memory is filled, at most twenty times a second; an error from
             it undoes the restore, as Ctrl-C does: if the program does not run by then.
 
@@ -198,6 +201,7 @@ def restore(
                 record_working_set=record_working_set,
                 track=track,
                 tcp_close=tcp_close,
+                files=files,
                 on_progress=on_progress,
             ),
         ),

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 class Filling:
     """How a restore brings memory, and what it leaves out."""
 
-    __slots__ = ("background", "loaded", "on_progress", "record_working_set", "restored", "tcp_close", "track")
+    __slots__ = ("background", "files", "loaded", "on_progress", "record_working_set", "restored", "tcp_close", "track")
 
     def __init__(
         self,
@@ -38,6 +38,7 @@ class Filling:
         record_working_set: bool = False,
         track: bool = False,
         tcp_close: bool = False,
+        files: str = "size",
         on_progress: Callable[[Progress], object] | None = None,
         loaded: Callable[[], object] | None = None,
         restored: Callable[[dict[str, Any]], None] | None = None,
@@ -48,6 +49,8 @@ class Filling:
         self.record_working_set = record_working_set
         # TCP connections that lead out of the container are closed.
         self.tcp_close = tcp_close
+        # What files that the image does not hold must still be: "strict", "size" or "ignore".
+        self.files = files
         # Called while memory is brought.
         self.on_progress = on_progress
         # Called when all is there and nothing runs yet.
@@ -225,6 +228,7 @@ def _fill(
         "background": filling.background,
         "record_working_set": filling.record_working_set,
         "tcp_close": filling.tcp_close,
+        "files": filling.files,
         "pager_report": home.file(pager.REPORT),
         "track": filling.track,
         "tracker": home.file(tracker.NOTE),

@@ -56,6 +56,8 @@ FLAGS = (
     Flag("stats", BOOL, "print what each stage took, on stderr: stdout is the program's"),
     Flag("tcp-established", BOOL, "accepted; connections that the image keeps come back"),
     Flag("tcp-close", BOOL, "close TCP connections that lead out of the container"),
+    Flag("files", TEXT, "what files that were mapped or read must be: unwritten since, as long as before, or anything",
+         default="size", choices=("strict", "size", "ignore")),
     *CRIU_FLAGS,
     Flag("lsm-profile", TEXT, "TYPE:NAME, where this machine has that security module"),
     Flag("lsm-mount-context", TEXT, "SELinux context of mounts, where this machine has SELinux"),
@@ -131,6 +133,7 @@ def _filling(flags: Parsed, shown: Display | None) -> create.Filling:
         record_working_set=flags.on("record-working-set"),
         track=flags.on("track"),
         tcp_close=flags.on("tcp-close"),
+        files=flags.text("files"),
         on_progress=shown.tell if shown else None,
         # Before the program has the terminal.
         loaded=shown.end if shown else None,

@@ -16,6 +16,7 @@ use crate::error::{About, Result};
 use crate::fill;
 use crate::huge;
 use crate::kinds::memory::Area;
+use crate::kinds::unchanged::Unchanged;
 use crate::kinds::{seccomp, shared, tmpfs, vdso, xstate};
 use crate::model::Inventory;
 use crate::pager::{self, Pager};
@@ -45,6 +46,9 @@ pub struct Request {
     /// Connections to the outside are closed, also those that the image keeps.
     #[serde(default)]
     pub tcp_close: bool,
+    /// What files that the image does not hold must still be.
+    #[serde(default)]
+    pub files: Unchanged,
     /// The new container's config.json: what it grants at most.
     #[serde(default)]
     pub spec: Value,
@@ -119,7 +123,15 @@ pub fn restore(request: &Request, cancel: &Cancel, on_loaded: &mut dyn FnMut() -
         Ok((inventory, old_vdso))
     })?;
     let (skeleton, objects, shares) = run.stage(Stage::Build, || {
-        build::build(&inventory, &image, request.pid, &bounds, request.background, cancel)
+        build::build(
+            &inventory,
+            &image,
+            request.pid,
+            &bounds,
+            request.files,
+            request.background,
+            cancel,
+        )
     })?;
     let mut warnings = inventory.warnings.clone();
     let (bytes, pager, tracking) = run.stage(Stage::Fill, || {

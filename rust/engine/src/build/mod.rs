@@ -33,6 +33,7 @@ use crate::bounds::Bounds;
 use crate::error::{About, Error, Result};
 use crate::kinds::ipc::segments;
 use crate::kinds::sharing::Births;
+use crate::kinds::unchanged::Unchanged;
 use crate::kinds::{memory, shared, tmpfs, vdso};
 use crate::model::Inventory;
 use crate::stage::Cancel;
@@ -59,6 +60,8 @@ pub struct Skeleton {
     terminals: Vec<terminals::Made>,
     /// What the container's programs may do at most: init opens files within it.
     bounds: Bounds,
+    /// What files that the image does not hold must still be.
+    files: Unchanged,
     /// What init's standard streams were.
     pub stdio: [Option<OwnedFd>; 3],
     /// Where a `syscall` instruction is in the vdso, from its start.
@@ -114,10 +117,12 @@ pub fn build(
     image: &Reader,
     init: Pid,
     bounds: &Bounds,
+    files: Unchanged,
     background: bool,
     cancel: &Cancel,
 ) -> Result<(Skeleton, Objects, Shares)> {
     let mut skeleton = Skeleton::blank(inventory, init, bounds)?;
+    skeleton.files = files;
     skeleton.connect()?;
     skeleton.enter_time_early(inventory)?;
     tmpfs::rebuild(&inventory.tmpfs, image, init, bounds, cancel)?;
@@ -195,6 +200,7 @@ impl Skeleton {
             threads: BTreeMap::new(),
             terminals: Vec::new(),
             bounds: bounds.clone(),
+            files: Unchanged::default(),
             stdio: stdio(init)?,
             syscall_offset: syscall_at - code.start,
             kernel,

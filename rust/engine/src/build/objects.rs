@@ -15,8 +15,9 @@ use crate::capture::SHARED;
 use crate::error::{About, Error, Result};
 use crate::kinds::creds::IdMaps;
 use crate::kinds::files::{Description, Object, PathState};
+use crate::kinds::unchanged::Unchanged;
 use crate::kinds::{
-    console, creds, epoll, eventfd, files, inet, ipc, locks, pidfd as pidfds, pipe, shared, signalfd, timerfd, unix,
+    console, creds, epoll, eventfd, inet, ipc, locks, pidfd as pidfds, pipe, shared, signalfd, timerfd, unix,
 };
 use crate::model::Inventory;
 use crate::source;
@@ -181,7 +182,9 @@ fn mapped(skeleton: &Skeleton, inventory: &Inventory) -> Result<Vec<OwnedFd>> {
     }
     for (file, state) in opened.iter().zip(&inventory.objects.mapped) {
         let now = fd::stat(file).about(1, &state.path)?;
-        files::check_unchanged(1, &state.path, state.size, now.kind() == libc::S_IFREG, &now)?;
+        if now.kind() == libc::S_IFREG {
+            skeleton.files.check(&state.path, state.size, state.mtime, &now)?;
+        }
     }
     Ok(opened)
 }
@@ -323,12 +326,12 @@ fn named(skeleton: &Skeleton, descriptions: &[Description]) -> Result<Vec<OwnedF
         .collect();
     let opened = skeleton.open_inside(&wanted)?;
     for (file, (description, state)) in opened.iter().zip(states) {
-        check_named(file, description, state)?;
+        check_named(file, description, state, skeleton.files)?;
     }
     Ok(opened)
 }
 
-fn check_named(file: &OwnedFd, description: &Description, state: &PathState) -> Result<()> {
+fn check_named(file: &OwnedFd, description: &Description, state: &PathState, files: Unchanged) -> Result<()> {
     let now = fd::stat(file).about(1, &state.path)?;
     if now.kind() != state.mode & libc::S_IFMT {
         return Err(Error::unsupported(
@@ -341,7 +344,9 @@ fn check_named(file: &OwnedFd, description: &Description, state: &PathState) -> 
     let is_file = now.kind() == libc::S_IFREG;
     let reads = description.flags & libc::O_ACCMODE == libc::O_RDONLY && description.flags & libc::O_PATH == 0;
     // What /proc and /sys show has no size of its own.
-    files::check_unchanged(1, &state.path, state.size, is_file && reads && state.size > 0, &now)?;
+    if is_file && reads && state.size > 0 {
+        files.check(&state.path, state.size, state.mtime, &now)?;
+    }
     if description.flags & libc::O_PATH == 0 && (is_file || now.kind() == libc::S_IFDIR || now.kind() == libc::S_IFBLK)
     {
         fd::seek(file, description.pos).about(1, &state.path)?;

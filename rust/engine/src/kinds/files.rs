@@ -743,18 +743,3 @@ fn path(found: &Found, naming: &mut Naming<'_, '_>) -> Result<Object> {
         mtime: id.mtime,
     }))
 }
-
-/// # Errors
-/// Refused when a file that was only read is not what it was.
-pub fn check_unchanged(pid: i32, path: &str, size: u64, is_file: bool, now: &FileId) -> Result<()> {
-    if is_file && now.size != size {
-        let why = format!("it had {size} bytes when the image was made and has {} now", now.size);
-        return Err(Error::unsupported(
-            pid,
-            format!("file {path}"),
-            why,
-            "restore with the files of the checkpoint",
-        ));
-    }
-    Ok(())
-}

@@ -40,6 +40,7 @@ pub mod tasks;
 pub mod timerfd;
 pub mod timers;
 pub mod tmpfs;
+pub mod unchanged;
 pub mod unix;
 pub mod vdso;
 pub mod xstate;
