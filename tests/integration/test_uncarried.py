@@ -1,6 +1,7 @@
 """State of processes that no image carries: refused by name, and the container does not notice."""
 
 import os
+import re
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator
@@ -68,6 +69,23 @@ def test_a_32_bit_program_is_refused(busybox: Callable[..., Path], torpor: Torpo
     c = Container(torpor, bundle, new_id()).run().wait_ready()
     torpor.fails("checkpoint", "--image-path", tmp / "image", c.id, says="only 64-bit programs are carried")
     assert not (tmp / "image").exists() and c.status == "running"
+
+
+@pytest.mark.parametrize("flags", [[], ["--leave-running"]])
+def test_a_task_that_does_not_stop_is_refused(
+    flags: list[str], busybox: Callable[..., Path], torpor: Torpor, tmp: Path
+) -> None:
+    """The kernel waits in it for a page and cannot stop; its call goes on when the container is let go."""
+    bundle = busybox(["/bin/uncarried", "stuck"], caps=[*CAPS, "CAP_SYS_PTRACE"])
+    shutil.copy2(compiled("uncarried"), bundle / "rootfs" / "bin" / "uncarried")
+    c = Container(torpor, bundle, new_id()).run().wait_ready()
+    tid = max(int(tid) for tid in os.listdir(f"/proc/{c.pid}/task"))
+    done = torpor("checkpoint", "--image-path", tmp / "image", *flags, c.id, check=False)
+    assert done.code == 128
+    # The whole time, not only that of the last look.
+    assert re.search(rf"task {tid} did not stop within 1\d{{4}} ms \(state [RSD], ", done.err), done.err
+    assert not (tmp / "image").exists() and c.status == "running"
+    c.verify()
 
 
 @contextmanager

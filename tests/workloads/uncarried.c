@@ -2,7 +2,10 @@
 #include "workload.h"
 #include <linux/filter.h>
 #include <linux/seccomp.h>
+#include <linux/userfaultfd.h>
+#include <poll.h>
 #include <sched.h>
+#include <sys/ioctl.h>
 #include <sys/auxv.h>
 #include <sys/ptrace.h>
 
@@ -79,6 +82,37 @@ static void made_with(int flags) {
     child = MUST(clone(resting_child, stack + sizeof stack, flags | SIGCHLD, NULL));
 }
 
+static int faults, is_released;
+static char *page;
+
+/* The kernel itself waits for a page that nobody brings: no signal ends that, and no tracer. */
+static void *sleeps_in_the_kernel(void *argument) {
+    (void)argument;
+    int file = MUST(open("/proc/self/exe", O_RDONLY));
+    is_there = 1;
+    ssize_t got = read(file, page, 4096);
+    __atomic_store_n(&is_released, got == 4096 && !memcmp(page, "\177ELF", 4), __ATOMIC_RELEASE);
+    rest();
+    return NULL;
+}
+
+static void stuck(void) {
+    faults = (int)MUST(syscall(SYS_userfaultfd, O_CLOEXEC | O_NONBLOCK));
+    struct uffdio_api api = {.api = UFFD_API};
+    MUST(ioctl(faults, UFFDIO_API, &api));
+    page = mmap(NULL, 4096, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    struct uffdio_register all = {.range = {(uintptr_t)page, 4096}, .mode = UFFDIO_REGISTER_MODE_MISSING};
+    MUST(ioctl(faults, UFFDIO_REGISTER, &all));
+}
+
+/* Brings the page: the call goes on as if it had never been asked to stop. */
+static void release(void) {
+    struct uffdio_zeropage zero = {.range = {(uintptr_t)page, 4096}};
+    MUST(ioctl(faults, UFFDIO_ZEROPAGE, &zero));
+    for (int i = 0; i < 1000 && !__atomic_load_n(&is_released, __ATOMIC_ACQUIRE); i++) wl_sleep(0.005);
+    CHECK(is_released, "the read that had to wait has not ended");
+}
+
 static void threaded(void *(*run)(void *), int argument) {
     pthread_t thread;
     MUST0(pthread_create(&thread, NULL, run, (void *)(intptr_t)argument));
@@ -87,6 +121,7 @@ static void threaded(void *(*run)(void *), int argument) {
 
 static void verify(void) {
     if (child) CHECK(kill(child, 0) == 0, "the child: %s", strerror(errno));
+    if (page && !is_released) release();
 }
 
 int main(int argc, char **argv) {
@@ -114,7 +149,11 @@ int main(int argc, char **argv) {
         crossed();
     else if (!strcmp(kind, "shared-memory"))
         siblings();
-    else if (!strcmp(kind, "child"))
+    else if (!strcmp(kind, "stuck")) {
+        stuck();
+        threaded(sleeps_in_the_kernel, 0);
+        MUST(poll(&(struct pollfd){.fd = faults, .events = POLLIN}, 1, -1));
+    } else if (!strcmp(kind, "child"))
         made_with(0);
     else if (!strcmp(kind, "pid-namespace"))
         made_with(CLONE_NEWPID);

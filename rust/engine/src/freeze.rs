@@ -253,7 +253,8 @@ impl Frozen {
             }
             match stop {
                 Err(torpor_sys::Error::Timeout { .. }) if Instant::now() < end => self.let_vfork_end(tid, begin)?,
-                other => return other.about(tid, "thread"),
+                Err(error) => return Err(in_all(error, begin)).about(tid, "thread"),
+                Ok(signal) => return Ok(signal),
             }
         }
     }
@@ -386,6 +387,14 @@ impl Drop for Thaw<'_> {
     fn drop(&mut self) {
         let _ = self.0.thaw();
     }
+}
+
+/// Says of a task that did not stop how long it was waited for in all, and not only since the last look at it.
+fn in_all(mut error: torpor_sys::Error, begin: Instant) -> torpor_sys::Error {
+    if let torpor_sys::Error::Timeout { ms, .. } = &mut error {
+        *ms = begin.elapsed().as_millis().try_into().unwrap_or(u64::MAX);
+    }
+    error
 }
 
 /// Whether a signal with a handler waits for a thread, which ends the call that it is in.
