@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 from support import leaks, procs
-from support.cli import Container, Torpor
+from support.cli import Container, Torpor, new_id
 from support.workloads import Stage
 
 pytestmark = [pytest.mark.requires("root", "command:python3.11")]
@@ -290,6 +290,27 @@ def test_a_thread_that_was_let_into_its_wait(stage: Callable[[str], Stage], torp
     assert not whole_or_not_there(tmp / "image")
     c.checkpoint(tmp / "again", "--leave-running")
     c.verify()
+
+
+SHORT_WAITS = """
+trap 'echo "OK $n"' USR1
+n=0
+echo READY
+while sleep 0.05; do n=$((n+1)); done
+echo "FAIL a sleep ended with $?"
+"""
+
+
+@pytest.mark.requires("command:busybox")
+def test_a_wait_that_ends_before_its_tracer_is_killed(busybox: Callable[..., Path], torpor: Torpor, tmp: Path) -> None:
+    """Its thread stops at the end of its call, and nobody has looked at that yet: the kernel then sends it what it was stopped by."""
+    c = Container(torpor, busybox(["sh", "-c", SHORT_WAITS]), new_id("w")).run().wait_ready()
+    for _ in range(3):
+        words = ["checkpoint", "--image-path", tmp / "image", "--leave-running", c.id]
+        run_into(torpor, "wait-inside", "late", words, tmp / "out", tmp / "errors")
+        untouched(c)
+        c.verify()
+        shutil.rmtree(tmp / "image", ignore_errors=True)
 
 
 @pytest.mark.parametrize("way", WAYS)

@@ -213,6 +213,10 @@ class Container:
                     base = Path(f"/proc/{pid}/task/{task}")
                     p = procs.process(int(task))
                     lines.append(f"{p} syscall {(base / 'syscall').read_text().strip()}")
+        for p in procs.descendants(self.pid):
+            if p.state == "Z":
+                with contextlib.suppress(OSError):
+                    lines.append(f"{p} exit code {Path(f'/proc/{p.pid}/stat').read_text().split()[-1]}")
         return "; ".join(lines)
 
     def wait_ready(self, timeout: float = 60) -> "Container":

@@ -118,7 +118,7 @@ impl<'c> Run<'c> {
     }
 }
 
-/// What `TORPOR_FAILPOINT=name[:error|kill|hang]` asks for at the point `name`.
+/// What `TORPOR_FAILPOINT=name[:error|kill|late|hang]` asks for at the point `name`.
 fn wanted(name: &str) -> Option<&'static str> {
     static WANTED: OnceLock<String> = OnceLock::new();
     let wanted = WANTED.get_or_init(|| std::env::var("TORPOR_FAILPOINT").unwrap_or_default());
@@ -131,6 +131,11 @@ pub fn point(name: &str) -> Result<()> {
     match wanted(name) {
         None => Ok(()),
         Some("kill") => Ok(torpor_sys::fork::kill(std::process::id() as i32, 9)?),
+        // The tracee has time to come to its next stop, which nobody looks at any more.
+        Some("late") => {
+            std::thread::sleep(std::time::Duration::from_millis(200));
+            Ok(torpor_sys::fork::kill(std::process::id() as i32, 9)?)
+        }
         Some(_) => Err(Error::Failpoint { stage: None }),
     }
 }

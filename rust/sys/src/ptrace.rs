@@ -33,7 +33,7 @@ impl Options {
     pub const FOLLOW: Options =
         Options(libc::PTRACE_O_TRACEFORK | libc::PTRACE_O_TRACEVFORK | libc::PTRACE_O_TRACECLONE);
     /// System call stops are marked with bit 7.
-    pub const MARK_SYSCALLS: Options = Options(libc::PTRACE_O_TRACESYSGOOD);
+    const MARK_SYSCALLS: Options = Options(libc::PTRACE_O_TRACESYSGOOD);
 
     /// Both sets of options.
     #[must_use]
@@ -48,14 +48,23 @@ fn request(name: &'static str, nr: u32, tid: Pid, addr: usize, data: usize) -> R
     check(ret, name, tid)
 }
 
+/// What a task is stopped by at a system call.
+pub const SYSCALL_STOP: i32 = libc::SIGTRAP | 0x80;
+
+/// System call stops are always marked. When a tracer dies, a task at such a stop is sent what it is stopped by
+/// (include/linux/ptrace.h, ptrace_report_syscall): a plain SIGTRAP would end it, [`SYSCALL_STOP`] is no signal.
+fn bits(options: Options) -> usize {
+    options.and(Options::MARK_SYSCALLS).0 as usize
+}
+
 /// Begins to trace a task without stopping it.
 pub fn seize(tid: Pid, options: Options) -> Result<()> {
-    request("PTRACE_SEIZE", libc::PTRACE_SEIZE, tid, 0, options.0 as usize).map(drop)
+    request("PTRACE_SEIZE", libc::PTRACE_SEIZE, tid, 0, bits(options)).map(drop)
 }
 
 /// Changes the options of a stopped tracee.
 pub fn set_options(tid: Pid, options: Options) -> Result<()> {
-    request("PTRACE_SETOPTIONS", libc::PTRACE_SETOPTIONS, tid, 0, options.0 as usize).map(drop)
+    request("PTRACE_SETOPTIONS", libc::PTRACE_SETOPTIONS, tid, 0, bits(options)).map(drop)
 }
 
 /// Asks a seized task to stop.

@@ -164,10 +164,7 @@ impl Skeleton {
 
     /// Takes hold of the blank process and gives it the stub.
     fn seize(inventory: &Inventory, init: Pid, bounds: &Bounds) -> Result<Skeleton> {
-        let options = Options::EXIT_KILL
-            .and(Options::SUSPEND_SECCOMP)
-            .and(Options::FOLLOW)
-            .and(Options::MARK_SYSCALLS);
+        let options = Options::EXIT_KILL.and(Options::SUSPEND_SECCOMP).and(Options::FOLLOW);
         ptrace::seize(init, options).about(init, "init")?;
         ptrace::interrupt(init).about(init, "init")?;
         wait_stop(init)?;

@@ -178,7 +178,7 @@ fn enter(tid: Pid) -> Result<bool> {
     ptrace::cont_to_syscall(tid, 0).about(tid, "thread")?;
     match wait::until(tid, LIMIT).about(tid, "thread")? {
         Event::Stopped {
-            signal: libc::SIGTRAP,
+            signal: ptrace::SYSCALL_STOP,
             event: 0,
         } => {
             stage::point("wait-entry")?;
@@ -216,7 +216,8 @@ fn wait_stop(tid: Pid) -> Result<()> {
             } => return Ok(()),
             // The end of the call.
             Event::Stopped {
-                signal: libc::SIGTRAP, ..
+                signal: ptrace::SYSCALL_STOP,
+                ..
             } => ptrace::interrupt_again(tid, 0).about(tid, "thread")?,
             Event::Stopped { signal, .. } => ptrace::interrupt_again(tid, signal).about(tid, "thread")?,
             other => {
