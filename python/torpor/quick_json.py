@@ -50,8 +50,12 @@ def loads(text: str) -> Any:
     start = len(text) - len(text.lstrip(_SPACE))
     try:
         value, end = _scan(text, start)
-    except StopIteration as e:
-        raise ValueError(f"a value is missing at character {e.value}") from None
+    except Exception:
+        # The standard module says what is wrong. The scanner of CPython 3.11 cannot: it looks for the exception in
+        # json.decoder, and raises SystemError when that was not imported.
+        import json
+
+        return json.loads(text)
     if text[end:].strip(_SPACE):
         raise ValueError(f"there is more after the value, at character {end}")
     return value

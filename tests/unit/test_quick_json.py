@@ -60,6 +60,17 @@ def test_without_the_private_functions_the_standard_module_is_used(monkeypatch: 
     assert quick_json.loads(quick_json.dumps({"a": [1, "b"]})) == {"a": [1, "b"]}
 
 
+@pytest.mark.parametrize("text", ["", "{", '{"a": ', '{"a": [1, 2', '"half', "[1,]", "nul", '{"a" 1}', "1 2"])
+def test_what_is_wrong_is_a_value_error_before_json_was_imported(text: str) -> None:
+    code = (
+        "import sys; from torpor import quick_json; assert 'json' not in sys.modules\n"
+        f"try: quick_json.loads({text!r})\n"
+        "except ValueError as e: print('ValueError')"
+    )
+    done = subprocess.run([sys.executable, "-ISc", _with_path(code)], capture_output=True, text=True, check=True)
+    assert done.stdout == "ValueError\n"
+
+
 def test_the_verbs_that_clients_call_most_import_no_json_module() -> None:
     code = (
         "import sys; from torpor.cli.main import load\n"
