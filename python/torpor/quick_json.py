@@ -42,23 +42,21 @@ def loads(text: str) -> Any:
     Raises:
         ValueError: it is not JSON.
     """
-    if not _works:
-        import json
+    if _works:
+        # The scanner does not skip the space before the value.
+        start = len(text) - len(text.lstrip(_SPACE))
+        try:
+            value, end = _scan(text, start)
+        except Exception:
+            # Of CPython 3.11 it cannot say what is wrong: it looks for the exception in json.decoder, and raises
+            # SystemError when that was not imported.
+            pass
+        else:
+            if not text[end:].strip(_SPACE):
+                return value
+    import json
 
-        return json.loads(text)
-    # The scanner does not skip the space before the value.
-    start = len(text) - len(text.lstrip(_SPACE))
-    try:
-        value, end = _scan(text, start)
-    except Exception:
-        # The standard module says what is wrong. The scanner of CPython 3.11 cannot: it looks for the exception in
-        # json.decoder, and raises SystemError when that was not imported.
-        import json
-
-        return json.loads(text)
-    if text[end:].strip(_SPACE):
-        raise ValueError(f"there is more after the value, at character {end}")
-    return value
+    return json.loads(text)
 
 
 def dumps(value: object) -> str:
