@@ -88,9 +88,7 @@ def test_nginx_and_a_client_that_downloads_slowly(
     def container(which: int) -> Container:
         bundle = tmp / f"bundle{len(list(tmp.glob('bundle*')))}"
         config = bundles.spec(["/usr/sbin/nginx", "-c", "/wl/nginx.conf"], rootfs=root.path, caps=DOCKER_CAPS)
-        for namespace in config["linux"]["namespaces"]:
-            if namespace["type"] == "network":
-                namespace["path"] = f"/run/netns/{net.names[which]}"
+        net.join_by(config, which)
         return Container(torpor, bundles.write(bundle, config), new_id("nginx"))
 
     net.plug(0)

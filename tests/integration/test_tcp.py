@@ -72,9 +72,7 @@ def serve(torpor: Torpor, host_root: Callable[..., bundles.HostRoot], tmp: Path)
         bundle = tmp / f"bundle{which}"
 
         spec = bundles.spec(["/usr/bin/python3.11", "-c", SERVER], rootfs=root.path)
-        for ns in spec["linux"]["namespaces"]:
-            if ns["type"] == "network":
-                ns["path"] = f"/run/netns/{net.names[which]}"
+        net.join_by(spec, which)
         bundles.write(bundle, spec)
         return Container(torpor, bundle, new_id())
 

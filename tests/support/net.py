@@ -5,6 +5,7 @@ import os
 import socket
 import subprocess
 import threading
+from typing import Any
 
 
 class Net:
@@ -23,6 +24,12 @@ class Net:
 
     def _ip(self, *words: str) -> None:
         subprocess.run(["ip", *words], check=True, capture_output=True)
+
+    def join_by(self, spec: dict[str, Any], which: int) -> None:
+        """A container with this spec is in one of the two namespaces."""
+        for namespace in spec["linux"]["namespaces"]:
+            if namespace["type"] == "network":
+                namespace["path"] = f"/run/netns/{self.names[which]}"
 
     def plug(self, which: int) -> None:
         """The address is here from now on, and the peer reaches it."""

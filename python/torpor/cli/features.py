@@ -1,8 +1,6 @@
 from __future__ import annotations
 
-import json
-
-from torpor import launcher
+from torpor import launcher, quick_json
 from torpor.errors import UsageError
 
 TYPE_CHECKING = False
@@ -19,10 +17,10 @@ def execute(config: Config, flags: Parsed) -> int:
         raise UsageError(f"unexpected argument {flags.args[0]!r}")
     from torpor import __version__
 
-    found = json.loads(launcher.output("features"))
+    found = quick_json.loads(launcher.output("features"))
     # Docker and containerd learn from the first one whether a runtime can checkpoint at all.
     found.setdefault("annotations", {}).update(
         {"org.opencontainers.runc.checkpoint.enabled": "true", "dev.torpor.version": __version__}
     )
-    print(json.dumps(found, indent=2))
+    print(quick_json.pretty(found))
     return 0

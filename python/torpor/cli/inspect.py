@@ -1,8 +1,6 @@
 from __future__ import annotations
 
-import json
-
-from torpor import api
+from torpor import api, quick_json
 from torpor.errors import UsageError
 from torpor.flags import BOOL, TEXT, Flag
 
@@ -29,7 +27,7 @@ def execute(config: Config, flags: Parsed) -> int:
     if flags.on("verify"):
         api.engine().verify(directories[0])
     if flags.on("json"):
-        print(json.dumps(found, indent=2))
+        print(quick_json.pretty(found))
     else:
         print("\n".join(_lines(found)))
     return 0

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import os
 
-from torpor import spec
+from torpor import quick_json, spec
 from torpor.errors import SpecError, UsageError
 from torpor.flags import BOOL, TEXT, Flag
 
@@ -30,7 +29,7 @@ def execute(config: Config, flags: Parsed) -> int:
     path = os.path.join(flags.text("bundle"), "config.json")
     try:
         with open(path, "x", encoding="utf-8") as f:
-            f.write(json.dumps(made, indent=2) + "\n")
+            f.write(quick_json.pretty(made) + "\n")
     except FileExistsError:
         raise SpecError(f"{path} already exists: remove it first", code="bad-bundle", object=path) from None
     return 0
